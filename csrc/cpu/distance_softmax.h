@@ -1,0 +1,75 @@
+// Arguments of the CPU half of `distance_softmax`: one tile of the M×N score matrix at a time.
+//
+// fastcontrast/backends/native/distance_softmax.py cuts the matrix into tiles, fills each with dot
+// products by a GEMM and calls one of these two on it while it is in cache.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/scores.h"
+#include "cpu/isa.h"
+
+namespace fastcontrast {
+namespace cpu {
+
+enum class Keep { all = 0, same = 1, different = 2 };
+
+template <typename T>
+struct Tile {
+  T* values;             // [rows, columns] contiguous: dot products of centred operands, on entry
+  int64_t rows;          //
+  int64_t columns;       //
+  int64_t first_column;  // of the tile in the whole matrix; `exclude` counts from there
+  Metric metric;         //
+  T scale;               //
+  const T* x_sqnorm;     // [rows] of the centred operands; unused for Metric::dot
+  const T* y_sqnorm;     // [columns]
+  const T* x;            // [rows, dim] as given, for pairs too near for the Gram identity
+  const T* y;            // [columns, dim]
+  int64_t dim;
+  const int64_t* exclude;  // [rows, exclude_count] columns left out, or null; outside 0..N-1: none
+  int64_t exclude_count;
+  const int32_t* row_ids;     // [rows], or null
+  const int32_t* column_ids;  // [columns], or null
+  Keep keep;
+  int threads;
+};
+
+template <typename T>
+struct RowStatistics {
+  double* state;       // [rows, 4]: max, sum, weighted sum, score sum, carried between tiles
+  bool first, last;    // tile of these rows: start the state, write the results
+  T* lse;              // [rows]
+  T* mean_score;       // [rows]
+  T* score_sum;        // [rows], or null
+  int64_t* count;      // [rows], or null (with score_sum)
+  const T* threshold;  // [rows], or null
+  int64_t* rank;       // [rows], or null (with threshold)
+};
+
+template <typename T>
+struct TileGradient {
+  const T* lse;           // [rows]
+  const T* mean_score;    // [rows]
+  const T* grad_lse;      // [rows], or null
+  const T* grad_mean;     // [rows], or null
+  const T* grad_sum;      // [rows], or null
+  double* row_sum;        // [rows], += Σ_j w_ij
+  double* column_sum;     // [columns], += Σ_i w_ij
+  double* score_product;  // [rows], += Σ_j ∂L/∂s_ij · s_ij, the gradient of log(scale)
+  T* grad_x;              // [rows, dim], or null: -= w (x-y) of near pairs, which leave the GEMM
+  T* grad_y;              // [columns, dim], or null: += w (x-y) of near pairs
+};
+
+// Folds the tile into the row statistics. Overwrites the tile with scores in units of log2.
+FASTCONTRAST_DECLARE(void distance_softmax_forward(const Tile<float>&, const RowStatistics<float>&))
+FASTCONTRAST_DECLARE(
+    void distance_softmax_forward(const Tile<double>&, const RowStatistics<double>&))
+
+// Overwrites the tile with the pair weights w_ij of common/scores.h.
+FASTCONTRAST_DECLARE(void distance_softmax_backward(const Tile<float>&, const TileGradient<float>&))
+FASTCONTRAST_DECLARE(
+    void distance_softmax_backward(const Tile<double>&, const TileGradient<double>&))
+
+}  // namespace cpu
+}  // namespace fastcontrast

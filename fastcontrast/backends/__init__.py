@@ -1,0 +1,77 @@
+"""Which implementation runs an op: the table, :func:`resolve` and :func:`why_not`.
+
+Called by ``fastcontrast/ops``. A backend is a package in this folder with a function
+``why_not(op, tensor)`` and one function per kernel entry; it is made known by one line in
+:data:`BACKENDS`, and every test of the conformance suite then runs on it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcontrast.backends import native, reference
+
+OPS = ("distance_softmax", "extract_patches")
+
+# Fastest first: `backend=None` takes the first that can run.
+BACKENDS: dict[str, ModuleType] = {
+    "native": native,
+    "reference": reference,
+}
+
+
+def why_not(backend: str, op: str, tensor: Tensor) -> str | None:
+    """Reason why ``backend`` cannot run ``op`` on tensors like ``tensor``, or None if it can."""
+    return BACKENDS[backend].why_not(op, tensor)
+
+
+def resolve(op: str, tensor: Tensor, backend: str | None = None) -> str:
+    """Name of the backend that runs ``op`` on tensors like ``tensor``.
+
+    Args:
+        op: One of :data:`OPS`.
+        tensor: A tensor of the call; its device and dtype decide.
+        backend: A name asks for that backend alone; None takes the fastest that can run.
+
+    Raises:
+        ValueError: If ``backend`` is not the name of a backend.
+        RuntimeError: If the named backend cannot run this call; the message says why.
+    """
+    if backend is None:
+        for name, module in BACKENDS.items():
+            if module.why_not(op, tensor) is None:
+                return name
+        raise RuntimeError(f"no backend runs {op} on {tensor.device.type} tensors of {tensor.dtype}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = BACKENDS[backend].why_not(op, tensor)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run {op} here: {reason}")
+    return backend
+
+
+def available_backends(op: str = "distance_softmax", device: str | torch.device = "cpu") -> tuple[str, ...]:
+    """Names of the backends that run ``op`` on ``device`` here, fastest first.
+
+    Example:
+        >>> "reference" in available_backends()
+        True
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    probe = torch.empty(0, device=device)
+    return tuple(name for name in BACKENDS if why_not(name, op, probe) is None)
+
+
+def run(backend: str, function: str, tensor: Tensor, *args: Any) -> Any:
+    """Call a kernel entry of ``backend`` with autocast off: kernels choose their own dtypes."""
+    entry = getattr(BACKENDS[backend], function)
+    device_type = tensor.device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return entry(tensor, *args)
+    return entry(tensor, *args)

@@ -1,0 +1,54 @@
+"""C++ kernels: on CPU always, on CUDA devices when built with nvcc. The only importer of ``_C``.
+
+Each op's file allocates with torch, passes addresses to ``_C`` and names the C++ file that runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    # After torch: the module's OpenMP calls then resolve to the thread pool that torch has loaded.
+    from fastcontrast import _C
+
+    IMPORT_PROBLEM: str | None = None
+except ImportError as error:
+    _C = None
+    IMPORT_PROBLEM = (
+        f"fastcontrast._C is not built ({error}); install a C++17 compiler and reinstall "
+        "fastcontrast, with FASTCONTRAST_NATIVE=require to see the build's error"
+    )
+
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def why_not(op: str, tensor: Tensor) -> str | None:
+    """Reason why the C++ kernels cannot run ``op`` on tensors like ``tensor``, or None."""
+    if IMPORT_PROBLEM is not None:
+        return IMPORT_PROBLEM
+    if tensor.device.type != "cpu":
+        return f"{op} has a C++ kernel for CPU tensors only, got a {tensor.device.type} tensor"
+    if tensor.dtype not in CPU_DTYPES and not (op == "extract_patches" and tensor.dtype == torch.uint8):
+        return f"{op} has no C++ kernel for {tensor.dtype}"
+    return None
+
+
+def build_info() -> dict[str, Any]:
+    """Compiler, OpenMP, instruction sets and CUDA of the module; empty when it is not built."""
+    if _C is None:
+        return {}
+    info = dict(_C.build_info())
+    info["active_isa"] = _C.active_isa()
+    info["cuda_device_count"] = _C.cuda_device_count() if info["cuda_runtime"] else 0
+    info["cuda_device_problem"] = _C.cuda_device_problem() if info["cuda_runtime"] else ""
+    return info
+
+
+if _C is not None:
+    from fastcontrast.backends.native.distance_softmax import (
+        distance_softmax_backward,
+        distance_softmax_forward,
+    )
