@@ -1,0 +1,40 @@
+"""Contrastive and metric losses on distances, as fused kernels for PyTorch.
+
+The public names; everything else is reached through its module. Documentation: docs/design.md.
+"""
+
+from fastcontrast.backends import available_backends
+from fastcontrast.losses import (
+    InfoNCELoss,
+    MetricEmbeddingLoss,
+    SpatialContrastingLoss,
+    TripletRatioLoss,
+    info_nce_loss,
+    metric_embedding_loss,
+    spatial_contrasting_loss,
+    triplet_ratio_loss,
+)
+from fastcontrast.ops.distance_softmax import RowStatistics, distance_softmax
+
+__all__ = [
+    "InfoNCELoss",
+    "MetricEmbeddingLoss",
+    "RowStatistics",
+    "SpatialContrastingLoss",
+    "TripletRatioLoss",
+    "__version__",
+    "available_backends",
+    "distance_softmax",
+    "info_nce_loss",
+    "metric_embedding_loss",
+    "spatial_contrasting_loss",
+    "triplet_ratio_loss",
+]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fastcontrast")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,7 +45,9 @@ def resolve(op: str, tensor: Tensor, backend: str | None = None) -> str:
         for name, module in BACKENDS.items():
             if module.why_not(op, tensor) is None:
                 return name
-        raise RuntimeError(f"no backend runs {op} on {tensor.device.type} tensors of {tensor.dtype}")
+        raise RuntimeError(
+            f"no backend runs {op} on {tensor.device.type} tensors of {tensor.dtype}"
+        )
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = BACKENDS[backend].why_not(op, tensor)
@@ -54,7 +56,9 @@ def resolve(op: str, tensor: Tensor, backend: str | None = None) -> str:
     return backend
 
 
-def available_backends(op: str = "distance_softmax", device: str | torch.device = "cpu") -> tuple[str, ...]:
+def available_backends(
+    op: str = "distance_softmax", device: str | torch.device = "cpu"
+) -> tuple[str, ...]:
     """Names of the backends that run ``op`` on ``device`` here, fastest first.
 
     Example:

@@ -22,7 +22,8 @@ except ImportError as error:
         "fastcontrast, with FASTCONTRAST_NATIVE=require to see the build's error"
     )
 
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CPU_DTYPES = {"distance_softmax": FLOATING, "extract_patches": (torch.uint8, *FLOATING)}
 
 
 def why_not(op: str, tensor: Tensor) -> str | None:
@@ -31,7 +32,7 @@ def why_not(op: str, tensor: Tensor) -> str | None:
         return IMPORT_PROBLEM
     if tensor.device.type != "cpu":
         return f"{op} has a C++ kernel for CPU tensors only, got a {tensor.device.type} tensor"
-    if tensor.dtype not in CPU_DTYPES and not (op == "extract_patches" and tensor.dtype == torch.uint8):
+    if tensor.dtype not in CPU_DTYPES[op]:
         return f"{op} has no C++ kernel for {tensor.dtype}"
     return None
 
@@ -48,7 +49,7 @@ def build_info() -> dict[str, Any]:
 
 
 if _C is not None:
-    from fastcontrast.backends.native.distance_softmax import (
+    from fastcontrast.backends.native.distance_softmax import (  # noqa: F401 (the table's entries)
         distance_softmax_backward,
         distance_softmax_forward,
     )

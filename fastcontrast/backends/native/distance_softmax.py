@@ -1,0 +1,209 @@
+"""`distance_softmax` on CPU: GEMMs of tiles by torch, one C++ pass over each tile while it is warm.
+
+The pass is csrc/cpu/distance_softmax.cpp. The M×N matrix exists one tile at a time, so memory is
+O((M+N)·D). The backward pass computes the tiles anew (8MND operations in all).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcontrast import _C
+from fastcontrast.backends.scores import KEEPS, METRICS, Scores, accumulator_dtype, column_mean
+
+# A tile of 512 × 2048 float32 takes 4 MiB, which a shared last-level cache holds; its 512 rows
+# are enough for the GEMMs W·Y and Wᵀ·X to run at full speed.
+TILE_ROWS = 512
+TILE_COLUMNS = 2048
+
+
+def distance_softmax_forward(
+    x: Tensor, y: Tensor, scores: Scores, threshold: Tensor | None, score_sum: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Row statistics (lse, mean_score, score_sum, count, rank); what is not asked for is empty."""
+    dtype = accumulator_dtype(x.dtype)
+    m = x.shape[0]
+    operands = _Operands(x, y, scores, dtype)
+    lse, mean = x.new_empty(m, dtype=dtype), x.new_empty(m, dtype=dtype)
+    total = x.new_empty(m if score_sum else 0, dtype=dtype)
+    count = x.new_empty(m if score_sum else 0, dtype=torch.int64)
+    rank = x.new_empty(0 if threshold is None else m, dtype=torch.int64)
+    if y.shape[0] == 0:
+        return lse.fill_(-torch.inf), mean.zero_(), total.zero_(), count.zero_(), rank.zero_()
+    limit = None if threshold is None else threshold.to(dtype).contiguous()
+    state = torch.empty(min(m, TILE_ROWS), 4, dtype=torch.float64)
+    entry = getattr(_C, f"distance_softmax_forward_{operands.suffix}")
+    with _ieee_products():
+        for rows, columns, tile in operands.tiles():
+            entry(
+                **tile,
+                state=state.data_ptr(),
+                first=columns.start == 0,
+                last=columns.stop == y.shape[0],
+                lse=_address(lse, rows),
+                mean_score=_address(mean, rows),
+                score_sum=_address(total, rows) if score_sum else 0,
+                count=_address(count, rows) if score_sum else 0,
+                threshold=_address(limit, rows),
+                rank=_address(rank, rows) if threshold is not None else 0,
+            )
+    return lse, mean, total, count, rank
+
+
+def distance_softmax_backward(
+    x: Tensor,
+    y: Tensor,
+    scores: Scores,
+    lse: Tensor,
+    mean_score: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, y and scale from those of (lse, mean_score, score_sum); empty if not needed.
+
+    ``dx_i = Σ_j w_ij (x_i - y_j)`` is taken as ``x_i Σ_j w_ij - (W Y)_i``, and dy alike.
+    """
+    dtype = accumulator_dtype(x.dtype)
+    (m, dim), n = x.shape, y.shape[0]
+    operands = _Operands(x, y, scores, dtype)
+    # Products W·Y and Wᵀ·X; near pairs are added to them by the C++ pass.
+    wy = x.new_zeros((m, dim) if needs[0] else (0,), dtype=dtype)
+    wx = y.new_zeros((n, dim) if needs[1] else (0,), dtype=dtype)
+    row_sum, score_product = torch.zeros(2, m, dtype=torch.float64)
+    column_sum = torch.zeros(n, dtype=torch.float64)
+    grad_lse, grad_mean, grad_sum = (
+        None if grad is None else grad.to(dtype).contiguous() for grad in grads
+    )
+    entry = getattr(_C, f"distance_softmax_backward_{operands.suffix}")
+    with _ieee_products():
+        for rows, columns, tile in operands.tiles():
+            entry(
+                **tile,
+                lse=_address(lse, rows),
+                mean_score=_address(mean_score, rows),
+                grad_lse=_address(grad_lse, rows),
+                grad_mean=_address(grad_mean, rows),
+                grad_sum=_address(grad_sum, rows),
+                row_sum=_address(row_sum, rows),
+                column_sum=_address(column_sum, columns),
+                score_product=_address(score_product, rows),
+                grad_x=_address(wy, rows) if needs[0] else 0,
+                grad_y=_address(wx, columns) if needs[1] else 0,
+            )
+            weights = operands.tile_values(rows, columns)
+            if needs[0]:
+                wy[rows].addmm_(weights, operands.y[columns])
+            if needs[1]:
+                wx[columns].addmm_(weights.T, operands.x[rows])
+    if scores.metric != "dot":
+        if needs[0]:
+            wy = torch.addcmul(-wy, operands.x, row_sum.to(dtype)[:, None])
+        if needs[1]:
+            wx = torch.addcmul(-wx, operands.y, column_sum.to(dtype)[:, None])
+    dscale = score_product.sum() / float(scores.scale) if needs[2] else score_product.new_empty(0)
+    return wy.to(x.dtype), wx.to(y.dtype), dscale.to(dtype)
+
+
+class _Operands:
+    """Operands of the products, and what the C++ pass needs to know of each tile."""
+
+    def __init__(self, x: Tensor, y: Tensor, scores: Scores, dtype: torch.dtype) -> None:
+        self.given_x = x.detach().to(dtype).contiguous()
+        self.given_y = y.detach().to(dtype).contiguous()
+        self.x, self.y = self.given_x, self.given_y
+        self.x_sqnorm = self.y_sqnorm = None
+        if scores.metric != "dot":
+            mean = column_mean(self.y)
+            self.x, self.y = self.given_x - mean, self.given_y - mean
+            self.x_sqnorm = self.x.square().sum(1)
+            self.y_sqnorm = self.y.square().sum(1)
+        self.suffix = "float64" if dtype == torch.float64 else "float32"
+        self.exclude = None
+        if scores.exclude is not None:
+            self.exclude = scores.exclude.to(torch.int64).contiguous()
+        self.row_ids, self.column_ids = _narrow_ids(scores.row_ids, scores.column_ids)
+        self.constants = {
+            "metric": METRICS.index(scores.metric),
+            "scale": float(scores.scale),
+            "keep": KEEPS.index(scores.keep),
+            "dim": x.shape[1],
+            "exclude_count": 0 if self.exclude is None else self.exclude.shape[1],
+            "threads": torch.get_num_threads(),
+        }
+        size = min(x.shape[0], TILE_ROWS) * min(y.shape[0], TILE_COLUMNS)
+        self.buffer = self.x.new_empty(size)
+
+    def tile_values(self, rows: slice, columns: slice) -> Tensor:
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        return self.buffer[: shape[0] * shape[1]].view(shape)
+
+    def tiles(self) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
+        """Every tile with its dot products computed, row blocks outermost."""
+        m, n = self.x.shape[0], self.y.shape[0]
+        for row in range(0, m, TILE_ROWS):
+            rows = slice(row, min(row + TILE_ROWS, m))
+            for column in range(0, n, TILE_COLUMNS):
+                columns = slice(column, min(column + TILE_COLUMNS, n))
+                values = self.tile_values(rows, columns)
+                torch.mm(self.x[rows], self.y[columns].T, out=values)
+                yield (
+                    rows,
+                    columns,
+                    {
+                        **self.constants,
+                        "values": values.data_ptr(),
+                        "rows": values.shape[0],
+                        "columns": values.shape[1],
+                        "first_column": column,
+                        "x_sqnorm": _address(self.x_sqnorm, rows),
+                        "y_sqnorm": _address(self.y_sqnorm, columns),
+                        "x": _address(self.given_x, rows),
+                        "y": _address(self.given_y, columns),
+                        "exclude": _address(self.exclude, rows),
+                        "row_ids": _address(self.row_ids, rows),
+                        "column_ids": _address(self.column_ids, columns),
+                    },
+                )
+
+
+def _address(tensor: Tensor | None, span: slice) -> int:
+    """Address of the first row of ``span``; 0 for None."""
+    if tensor is None:
+        return 0
+    return tensor.data_ptr() + span.start * tensor.stride(0) * tensor.element_size()
+
+
+def _narrow_ids(rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The ids as int32, renumbered if they do not fit: a vector then compares 16 at a time."""
+    if rows is None or columns is None:
+        return None, None
+    if rows.dtype != torch.int32 or columns.dtype != torch.int32:
+        both = torch.cat([rows, columns]).to(torch.int64)
+        limits = torch.iinfo(torch.int32)
+        if both.numel() and (both.min() < limits.min or both.max() > limits.max):
+            both = torch.unique(both, return_inverse=True)[1]
+        rows, columns = both.to(torch.int32).split([rows.shape[0], columns.shape[0]])
+    return rows.contiguous(), columns.contiguous()
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    """Full float32 products, whatever torch.set_float32_matmul_precision() allows.
+
+    Norms and dot products must come from operands rounded alike, and on CPU nothing is gained yet
+    by rounding them.
+    """
+    setting = torch.get_float32_matmul_precision()
+    if setting == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(setting)

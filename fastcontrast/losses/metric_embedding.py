@@ -1,0 +1,135 @@
+"""Semi-supervised metric embedding: labelled rows pay cross-entropy, unlabelled rows entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastcontrast.losses.reduction import check_indices, check_reduction, softplus
+from fastcontrast.ops.distance_softmax import check_operands, check_scale, distance_softmax
+from fastcontrast.ops.pairs import paired_scores
+
+
+def metric_embedding_loss(
+    embeddings: Tensor,
+    anchors: Tensor,
+    targets: Tensor,
+    *,
+    squared: bool = True,
+    temperature: float | Tensor = 1.0,
+    unlabelled_weight: float = 1.0,
+    reduction: str = "mean",
+    precision: str = "auto",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Contrast embeddings with one labelled anchor per class.
+
+    .. math::
+        P(x)_c = \frac{e^{-\lVert F(x) - F(z_c)\rVert^2 / \tau}}
+                      {\sum_k e^{-\lVert F(x) - F(z_k)\rVert^2 / \tau}}, \qquad
+        L = \overline{-\log P(x_l)_{y(x_l)}}
+            + \lambda\, \overline{-\sum_c P(x_u)_c \log P(x_u)_c}
+
+    The bars are means over the labelled rows :math:`x_l` and over the unlabelled rows :math:`x_u`.
+    Hoffer and Ailon, "Semi-supervised deep learning by metric embedding", 2016, arXiv 1611.01449.
+    The paper squares the distance; the authors' published code does not (``squared=False``).
+    Deviation: the temperature, 1 in the paper.
+
+    Args:
+        embeddings: F(x) [M, D], float16, bfloat16, float32 or float64.
+        anchors: F(z) [C, D], one per class in the order of the classes; they receive gradients.
+        targets: Class of each row, integer [M]: c in 0..C-1 pays cross-entropy, -1 pays entropy.
+        squared: Use the squared distance.
+        temperature: (Squared) distance that changes a score by one nat. Positive; a number or a
+            0-dim tensor, which receives its gradient.
+        unlabelled_weight: The factor :math:`\lambda` of the entropy.
+        reduction: ``"mean"`` gives the sum of the two means above (a mean of no rows is 0),
+            ``"sum"`` the sum over all rows, ``"none"`` the rows [M]; entropies carry their factor.
+        precision: See :func:`fastcontrast.distance_softmax`.
+        backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
+
+    Returns:
+        Loss in nats, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: If a shape, a target, the temperature or an option is not as above.
+        TypeError: If an argument is not a tensor of the kind above.
+        RuntimeError: If the named backend cannot run this call; the message says why.
+
+    Example:
+        >>> anchors = torch.tensor([[0.0], [1.0]])
+        >>> rows = torch.tensor([[0.0], [0.5]])
+        >>> metric_embedding_loss(rows, anchors, torch.tensor([0, -1]), reduction="none")
+        tensor([0.3133, 0.6931])
+    """
+    check_reduction(reduction)
+    check_scale("temperature", temperature)
+    check_operands("embeddings", embeddings, "anchors", anchors)
+    classes = anchors.shape[0]
+    if classes == 0:
+        raise ValueError("anchors must hold at least one class, got shape [0, D]")
+    targets = check_indices("targets", targets, embeddings, -1, classes, "-1 = unlabelled")
+    metric, scale = "sqeuclidean" if squared else "l2", 1.0 / temperature
+
+    # -1 excludes nothing, so one pass serves both kinds of row.
+    rows = distance_softmax(
+        embeddings,
+        anchors,
+        metric=metric,
+        scale=scale,
+        exclude=targets,
+        precision=precision,
+        backend=backend,
+    )
+    own = anchors[targets.clamp(min=0)]
+    own_score = paired_scores(embeddings, own, metric=metric, scale=scale)
+    labelled = targets >= 0
+    cross_entropy = torch.where(labelled, softplus(rows.lse - own_score), 0.0)
+    entropy = unlabelled_weight * torch.where(labelled, 0.0, rows.lse - rows.mean_score)
+    if reduction == "none":
+        return cross_entropy + entropy
+    if reduction == "sum":
+        return (cross_entropy + entropy).sum()
+    count = labelled.sum()
+    unlabelled = (targets.shape[0] - count).clamp(min=1)
+    return cross_entropy.sum() / count.clamp(min=1) + entropy.sum() / unlabelled
+
+
+class MetricEmbeddingLoss(nn.Module):
+    """Module of :func:`metric_embedding_loss`; stores its options."""
+
+    def __init__(
+        self,
+        *,
+        squared: bool = True,
+        temperature: float | Tensor = 1.0,
+        unlabelled_weight: float = 1.0,
+        reduction: str = "mean",
+        precision: str = "auto",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.squared = squared
+        self.temperature = temperature
+        self.unlabelled_weight = unlabelled_weight
+        self.reduction = reduction
+        self.precision = precision
+        self.backend = backend
+
+    def forward(self, embeddings: Tensor, anchors: Tensor, targets: Tensor) -> Tensor:
+        """See :func:`metric_embedding_loss`."""
+        return metric_embedding_loss(
+            embeddings,
+            anchors,
+            targets,
+            squared=self.squared,
+            temperature=self.temperature,
+            unlabelled_weight=self.unlabelled_weight,
+            reduction=self.reduction,
+            precision=self.precision,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Options, for printing."""
+        return f"squared={self.squared}, unlabelled_weight={self.unlabelled_weight}"
