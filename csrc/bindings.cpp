@@ -1,11 +1,16 @@
 // pybind11 module fastcontrast._C: one function per kernel entry, and what the module knows of
 // itself. Tensors arrive as addresses; fastcontrast/backends/native/ has checked them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/distance_softmax.h"
+#include "cpu/extract_patches.h"
 #include "cpu/isa.h"
 #if defined(FASTCONTRAST_HAVE_CUDA)
 #include "cuda/device.h"
@@ -85,6 +90,100 @@ void distance_softmax_backward(const py::kwargs& a) {
   FASTCONTRAST_DISPATCH(distance_softmax_backward, tile, grad);
 }
 
+// Boxes, sizes and the channels' affine map, from the keyword arguments that forward and backward
+// of `extract_patches` share. `scale` and `offset` own what the set points to.
+cpu::PatchSet patch_set_from(const py::kwargs& a, const std::vector<double>& scale,
+                             const std::vector<double>& offset) {
+  cpu::PatchSet set;
+  set.coords = at<const fastcontrast::Box>(a["coords"].cast<Address>());
+  set.flips = at<const std::uint8_t>(a["flips"].cast<Address>());
+  set.batch = a["batch"].cast<std::int64_t>();
+  set.num_patches = a["num_patches"].cast<std::int64_t>();
+  set.channels = a["channels"].cast<std::int64_t>();
+  set.image_height = a["image_height"].cast<std::int64_t>();
+  set.image_width = a["image_width"].cast<std::int64_t>();
+  set.height = a["height"].cast<std::int64_t>();
+  set.width = a["width"].cast<std::int64_t>();
+  set.scale = scale.empty() ? nullptr : scale.data();
+  set.scale_count = static_cast<std::int64_t>(scale.size());
+  set.offset = offset.empty() ? nullptr : offset.data();
+  set.offset_count = static_cast<std::int64_t>(offset.size());
+  set.threads = a["threads"].cast<int>();
+  return set;
+}
+
+void extract_patches_forward(const py::kwargs& a) {
+  const auto scale = a["scale"].cast<std::vector<double>>();
+  const auto offset = a["offset"].cast<std::vector<double>>();
+  const cpu::PatchSet set = patch_set_from(a, scale, offset);
+  cpu::Images images;
+  images.data = at<const void>(a["images"].cast<Address>());
+  images.type = static_cast<fastcontrast::Scalar>(a["image_type"].cast<int>());
+  const auto strides = a["image_strides"].cast<std::array<std::int64_t, 4>>();
+  for (int i = 0; i < 4; ++i) images.stride[i] = strides[i];
+  void* out = at<void>(a["out"].cast<Address>());
+  const auto out_type = static_cast<fastcontrast::Scalar>(a["out_type"].cast<int>());
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = FASTCONTRAST_DISPATCH(extract_patches_forward, set, images, out, out_type);
+  }
+  if (!done) throw std::invalid_argument("no kernel for these dtypes of images and output");
+}
+
+void extract_patches_backward(const py::kwargs& a) {
+  const auto scale = a["scale"].cast<std::vector<double>>();
+  const cpu::PatchSet set = patch_set_from(a, scale, {});
+  cpu::PatchGradient grad;
+  grad.data = at<const void>(a["grad"].cast<Address>());
+  grad.type = static_cast<fastcontrast::Scalar>(a["grad_type"].cast<int>());
+  const auto strides = a["grad_strides"].cast<std::array<std::int64_t, 5>>();
+  for (int i = 0; i < 5; ++i) grad.stride[i] = strides[i];
+  void* grad_images = at<void>(a["grad_images"].cast<Address>());
+  const auto image_type = static_cast<fastcontrast::Scalar>(a["image_type"].cast<int>());
+  void* sums = at<void>(a["sums"].cast<Address>());
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done =
+        FASTCONTRAST_DISPATCH(extract_patches_backward, set, grad, grad_images, image_type, sums);
+  }
+  if (!done) throw std::invalid_argument("no kernel for these dtypes of gradient and images");
+}
+
+void sample_coords(const py::kwargs& a) {
+  cpu::CropDraws draws;
+  draws.seed = a["seed"].cast<std::uint64_t>();
+  draws.step = a["step"].cast<std::uint64_t>();
+  draws.sample_ids = at<const std::int64_t>(a["sample_ids"].cast<Address>());
+  draws.batch = a["batch"].cast<std::int64_t>();
+  draws.num_patches = a["num_patches"].cast<std::int64_t>();
+  draws.y_range = a["y_range"].cast<std::int32_t>();
+  draws.x_range = a["x_range"].cast<std::int32_t>();
+  draws.height = a["height"].cast<std::int32_t>();
+  draws.width = a["width"].cast<std::int32_t>();
+  draws.hflip_threshold = a["hflip_threshold"].cast<std::uint64_t>();
+  draws.vflip_threshold = a["vflip_threshold"].cast<std::uint64_t>();
+  draws.coords = at<fastcontrast::Box>(a["coords"].cast<Address>());
+  draws.flips = at<std::uint8_t>(a["flips"].cast<Address>());
+  py::gil_scoped_release release;
+  FASTCONTRAST_DISPATCH(sample_coords, draws);
+}
+
+std::int64_t first_invalid_box(Address coords, std::int64_t count, std::int64_t image_height,
+                               std::int64_t image_width, std::int64_t height, std::int64_t width) {
+  return FASTCONTRAST_DISPATCH(first_invalid_box, at<const fastcontrast::Box>(coords), count,
+                               image_height, image_width, height, width);
+}
+
+std::array<std::uint32_t, 4> philox4x32(const std::array<std::uint32_t, 4>& counter,
+                                        std::uint64_t seed) {
+  fastcontrast::PhiloxBlock block;
+  for (int i = 0; i < 4; ++i) block.word[i] = counter[i];
+  block = fastcontrast::philox4x32(block, seed);
+  return {block.word[0], block.word[1], block.word[2], block.word[3]};
+}
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -123,7 +222,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of fastcontrast. Private: fastcontrast.backends.native calls them.";
   m.def("build_info", &build_info, "Compiler, OpenMP, instruction set and CUDA of this module.");
   m.def("active_isa", [] { return std::string(cpu::isa_name(cpu::active_isa())); });
-  m.def("set_active_isa", [](const std::string& name) { cpu::set_active_isa(isa_from_name(name)); });
+  m.def("set_active_isa",
+        [](const std::string& name) { cpu::set_active_isa(isa_from_name(name)); });
 #if defined(FASTCONTRAST_HAVE_CUDA)
   m.def("cuda_device_count", &fastcontrast::cuda::device_count);
   m.def("cuda_device_problem", &fastcontrast::cuda::device_problem);
@@ -132,4 +232,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("distance_softmax_forward_float64", &distance_softmax_forward<double>);
   m.def("distance_softmax_backward_float32", &distance_softmax_backward<float>);
   m.def("distance_softmax_backward_float64", &distance_softmax_backward<double>);
+  m.def("extract_patches_forward", &extract_patches_forward);
+  m.def("extract_patches_backward", &extract_patches_backward);
+  m.def("sample_coords", &sample_coords);
+  m.def("first_invalid_box", &first_invalid_box);
+  m.def("philox4x32", &philox4x32, "One block of the generator, for tests of known answers.");
 }

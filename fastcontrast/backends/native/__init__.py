@@ -53,3 +53,9 @@ if _C is not None:
         distance_softmax_backward,
         distance_softmax_forward,
     )
+    from fastcontrast.backends.native.extract_patches import (  # noqa: F401
+        extract_patches_backward,
+        extract_patches_forward,
+        first_invalid_box,
+        sample_coords,
+    )

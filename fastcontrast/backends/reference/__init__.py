@@ -12,8 +12,22 @@ from fastcontrast.backends.reference.distance_softmax import (
     distance_softmax_backward,
     distance_softmax_forward,
 )
+from fastcontrast.backends.reference.extract_patches import (
+    extract_patches_backward,
+    extract_patches_forward,
+    first_invalid_box,
+    sample_coords,
+)
 
-__all__ = ["distance_softmax_backward", "distance_softmax_forward", "why_not"]
+__all__ = [
+    "distance_softmax_backward",
+    "distance_softmax_forward",
+    "extract_patches_backward",
+    "extract_patches_forward",
+    "first_invalid_box",
+    "sample_coords",
+    "why_not",
+]
 
 
 def why_not(op: str, tensor: Tensor) -> str | None:
