@@ -1,10 +1,11 @@
 // Maths: per row i of a tile, t_ij = s_ij·log2(e) from dot products (common/scores.h), then
 //   forward:  max, Σ 2^(t-max), Σ 2^(t-max)(t-max), on request Σ s and #{s > threshold};
 //   backward: p = 2^(t - lse2), g = p (g_lse + g_mean (1 + s - mean)) + g_sum, w = g ∂s/∂x / (x-y).
-// Tiling: the caller hands over a tile that its GEMM has just written; a thread owns whole rows, and
+// Tiling: the caller hands over a tile that its GEMM has just written; a thread owns whole rows,
+// and
 //   in the column sums whole columns, in fixed order: results do not depend on the thread count.
 // Memory: one row of the tile at a time goes through L1; the tile is read and written once.
-// Numerics: sums within a tile in T, across tiles in double. Columns that do not count are -inf
+// Numerics: sums of up to 256 scores in T, beyond in double. Columns that do not count are -inf
 //   before the maximum. Near pairs (NEAR_MULTIPLE) are recomputed by direct difference, and in the
 //   backward pass their contribution is added directly, because w(x-y) taken as the difference of
 //   two large products would lose it. Nothing denormal is stored.
@@ -18,6 +19,12 @@ namespace fastcontrast {
 namespace cpu {
 namespace FASTCONTRAST_ISA {
 namespace {
+
+// Sums of a row run in T over this many columns and in double from there: eager PyTorch sums
+// pairwise, and plain float32 over a whole tile would be less exact than that.
+constexpr int64_t SUM_CHUNK = 256;
+
+FC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <typename T>
 FC_INLINE T direct_squared_distance(const T* x, const T* y, int64_t dim) {
@@ -67,8 +74,7 @@ template <Metric metric, typename T>
 FC_INLINE bool is_near(const Tile<T>& tile, int64_t row, int64_t column, T t) {
   if (metric == Metric::dot || t == T(-INFINITY)) return false;
   const T d2 = squared_distance_from_score<metric>(t, tile.scale * T(LOG2_E));
-  return d2 < near_fraction(T(0)) * (tile.x_sqnorm[row] + tile.y_sqnorm[column]) ||
-         t == T(0);
+  return d2 < near_fraction(T(0)) * (tile.x_sqnorm[row] + tile.y_sqnorm[column]) || t == T(0);
 }
 
 template <Metric metric, typename T>
@@ -134,7 +140,8 @@ int64_t counted_columns(const Tile<T>& tile, int64_t row) {
   if (!masked) return count;
   const bool same = tile.keep == Keep::same;
   for (int64_t j = 0; j < tile.columns; ++j) {
-    const bool gap = (gaps.count > 0 && gaps.column[0] == j) || (gaps.count > 1 && gaps.column[1] == j);
+    const bool gap =
+        (gaps.count > 0 && gaps.column[0] == j) || (gaps.count > 1 && gaps.column[1] == j);
     count -= !gap && (tile.column_ids[j] == tile.row_ids[row]) != same;
   }
   return count;
@@ -149,17 +156,24 @@ FC_INLINE void forward_row(const Tile<T>& tile, const RowStatistics<T>& out, int
   for (int64_t j = 0; j < tile.columns; ++j) max = t[j] > max ? t[j] : max;
   const T base = max == T(-INFINITY) ? T(0) : max;
   const T floor = smallest_exponent(T(0));
-  T sum = 0, weighted = 0;
-#pragma omp simd reduction(+ : sum, weighted)
-  for (int64_t j = 0; j < tile.columns; ++j) {
-    const T u = t[j] - base;
-    const T e = exp2_flushed(u);
-    sum += e;
-    weighted += e * (u < floor ? floor : u);
+  double sum = 0, weighted = 0;
+  for (int64_t begin = 0; begin < tile.columns; begin += SUM_CHUNK) {
+    const int64_t end = smaller(begin + SUM_CHUNK, tile.columns);
+    T part = 0, part_weighted = 0;
+#pragma omp simd reduction(+ : part, part_weighted)
+    for (int64_t j = begin; j < end; ++j) {
+      const T u = t[j] - base;
+      const T e = exp2_flushed(u);
+      part += e;
+      part_weighted += e * (u < floor ? floor : u);
+    }
+    sum += (double)part;
+    weighted += (double)part_weighted;
   }
   double* state = out.state + 4 * row;
-  const SoftmaxState before = out.first ? empty_state() : SoftmaxState{state[0], state[1], state[2]};
-  const SoftmaxState now = merge(before, SoftmaxState{(double)max, (double)sum, (double)weighted});
+  const SoftmaxState before =
+      out.first ? empty_state() : SoftmaxState{state[0], state[1], state[2]};
+  const SoftmaxState now = merge(before, SoftmaxState{(double)max, sum, weighted});
   if (out.score_sum) {
     double total = 0;
     int64_t finite = 0;
@@ -228,19 +242,25 @@ FC_INLINE void backward_row(const Tile<T>& tile, const TileGradient<T>& grad, in
   const T gs = grad.grad_sum ? grad.grad_sum[row] : T(0);
   const T lse2 = grad.lse[row] == T(-INFINITY) ? T(0) : grad.lse[row] * T(LOG2_E);
   const T offset = T(1) - grad.mean_score[row];
-  T row_sum = 0, score_product = 0;
-#pragma omp simd reduction(+ : row_sum, score_product)
-  for (int64_t j = 0; j < tile.columns; ++j) {
-    const T score = t[j];
-    const T s = score * T(LN_2);
-    const T g = exp2_flushed(score - lse2) * (gl + gm * (offset + s)) + gs;
-    const bool counts = score != T(-INFINITY);
-    const T w = counts ? flush_denormal(pair_weight<metric>(g, score, tile.scale, scale2)) : T(0);
-    score_product += counts ? g * s : T(0);
-    row_sum += w;
-    t[j] = w;
+  double row_sum = 0, score_product = 0;
+  for (int64_t begin = 0; begin < tile.columns; begin += SUM_CHUNK) {
+    const int64_t end = smaller(begin + SUM_CHUNK, tile.columns);
+    T part = 0, part_product = 0;
+#pragma omp simd reduction(+ : part, part_product)
+    for (int64_t j = begin; j < end; ++j) {
+      const T score = t[j];
+      const T s = score * T(LN_2);
+      const T g = exp2_flushed(score - lse2) * (gl + gm * (offset + s)) + gs;
+      const bool counts = score != T(-INFINITY);
+      const T w = counts ? flush_denormal(pair_weight<metric>(g, score, tile.scale, scale2)) : T(0);
+      part_product += counts ? g * s : T(0);
+      part += w;
+      t[j] = w;
+    }
+    row_sum += (double)part;
+    score_product += (double)part_product;
   }
-  grad.score_product[row] += (double)score_product;
+  grad.score_product[row] += score_product;
   if (any_near) {
     for (int64_t j = 0; j < tile.columns; ++j) {
       if (!near[j] || t[j] == T(0)) continue;
@@ -249,13 +269,13 @@ FC_INLINE void backward_row(const Tile<T>& tile, const TileGradient<T>& grad, in
     }
     // Summed again, not subtracted: 1/d of a near pair would drown the rest.
     row_sum = 0;
-#pragma omp simd reduction(+ : row_sum)
-    for (int64_t j = 0; j < tile.columns; ++j) row_sum += t[j];
+    for (int64_t j = 0; j < tile.columns; ++j) row_sum += (double)t[j];
   }
-  grad.row_sum[row] += (double)row_sum;
+  grad.row_sum[row] += row_sum;
 }
 
-// Rows (and columns) are dealt to threads in `threads` contiguous runs, so that run r comes before run r+1.
+// Rows (and columns) are dealt to threads in `threads` contiguous runs, so that run r comes before
+// run r+1.
 FC_INLINE int64_t run_begin(int64_t rows, int run, int runs) { return rows * run / runs; }
 
 template <typename T>
@@ -265,7 +285,7 @@ void add_column_sums(const Tile<T>& tile, double* column_sum) {
 #pragma omp parallel for num_threads(tile.threads) if (tile.threads > 1) schedule(static)
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t begin = c * CHUNK;
-    const int64_t width = tile.columns - begin < CHUNK ? tile.columns - begin : CHUNK;
+    const int64_t width = smaller(CHUNK, tile.columns - begin);
     double sum[CHUNK] = {0};
     for (int64_t row = 0; row < tile.rows; ++row) {
       const T* w = tile.values + row * tile.columns + begin;
@@ -343,20 +363,20 @@ void backward(const Tile<T>& tile, const TileGradient<T>& grad) {
 }
 
 // Calls f<metric, masked>(arguments...) with the two run-time choices as constants.
-#define FASTCONTRAST_FOR_METRIC(function, tile, ...)                            \
-  do {                                                                          \
-    const bool ids = (tile).keep != Keep::all;                                  \
-    switch ((tile).metric) {                                                    \
-      case Metric::l2:                                                          \
-        return ids ? function<Metric::l2, true>(tile, __VA_ARGS__)              \
-                   : function<Metric::l2, false>(tile, __VA_ARGS__);            \
-      case Metric::sqeuclidean:                                                 \
-        return ids ? function<Metric::sqeuclidean, true>(tile, __VA_ARGS__)     \
-                   : function<Metric::sqeuclidean, false>(tile, __VA_ARGS__);   \
-      case Metric::dot:                                                         \
-        return ids ? function<Metric::dot, true>(tile, __VA_ARGS__)             \
-                   : function<Metric::dot, false>(tile, __VA_ARGS__);           \
-    }                                                                           \
+#define FASTCONTRAST_FOR_METRIC(function, tile, ...)                          \
+  do {                                                                        \
+    const bool ids = (tile).keep != Keep::all;                                \
+    switch ((tile).metric) {                                                  \
+      case Metric::l2:                                                        \
+        return ids ? function<Metric::l2, true>(tile, __VA_ARGS__)            \
+                   : function<Metric::l2, false>(tile, __VA_ARGS__);          \
+      case Metric::sqeuclidean:                                               \
+        return ids ? function<Metric::sqeuclidean, true>(tile, __VA_ARGS__)   \
+                   : function<Metric::sqeuclidean, false>(tile, __VA_ARGS__); \
+      case Metric::dot:                                                       \
+        return ids ? function<Metric::dot, true>(tile, __VA_ARGS__)           \
+                   : function<Metric::dot, false>(tile, __VA_ARGS__);         \
+    }                                                                         \
   } while (false)
 
 }  // namespace

@@ -63,13 +63,13 @@ struct TileGradient {
 
 // Folds the tile into the row statistics. Overwrites the tile with scores in units of log2.
 FASTCONTRAST_DECLARE(void distance_softmax_forward(const Tile<float>&, const RowStatistics<float>&))
-FASTCONTRAST_DECLARE(
-    void distance_softmax_forward(const Tile<double>&, const RowStatistics<double>&))
+FASTCONTRAST_DECLARE(void distance_softmax_forward(const Tile<double>&,
+                                                   const RowStatistics<double>&))
 
 // Overwrites the tile with the pair weights w_ij of common/scores.h.
 FASTCONTRAST_DECLARE(void distance_softmax_backward(const Tile<float>&, const TileGradient<float>&))
-FASTCONTRAST_DECLARE(
-    void distance_softmax_backward(const Tile<double>&, const TileGradient<double>&))
+FASTCONTRAST_DECLARE(void distance_softmax_backward(const Tile<double>&,
+                                                    const TileGradient<double>&))
 
 }  // namespace cpu
 }  // namespace fastcontrast

@@ -21,19 +21,27 @@ const char* isa_name(Isa isa);
 }  // namespace fastcontrast
 
 #if defined(FASTCONTRAST_X86)
-#define FASTCONTRAST_DISPATCH(function, ...)                               \
-  (::fastcontrast::cpu::active_isa() == ::fastcontrast::cpu::Isa::avx512   \
-       ? ::fastcontrast::cpu::avx512::function(__VA_ARGS__)                \
-       : ::fastcontrast::cpu::active_isa() == ::fastcontrast::cpu::Isa::avx2 \
-             ? ::fastcontrast::cpu::avx2::function(__VA_ARGS__)            \
-             : ::fastcontrast::cpu::portable::function(__VA_ARGS__))
+#define FASTCONTRAST_DISPATCH(function, ...)                             \
+  (::fastcontrast::cpu::active_isa() == ::fastcontrast::cpu::Isa::avx512 \
+       ? ::fastcontrast::cpu::avx512::function(__VA_ARGS__)              \
+   : ::fastcontrast::cpu::active_isa() == ::fastcontrast::cpu::Isa::avx2 \
+       ? ::fastcontrast::cpu::avx2::function(__VA_ARGS__)                \
+       : ::fastcontrast::cpu::portable::function(__VA_ARGS__))
 // Declares a kernel once per instruction set: FASTCONTRAST_DECLARE(void f(int)).
-#define FASTCONTRAST_DECLARE(...)      \
-  namespace portable { __VA_ARGS__; } \
-  namespace avx2 { __VA_ARGS__; }     \
-  namespace avx512 { __VA_ARGS__; }
+#define FASTCONTRAST_DECLARE(...) \
+  namespace portable {            \
+  __VA_ARGS__;                    \
+  }                               \
+  namespace avx2 {                \
+  __VA_ARGS__;                    \
+  }                               \
+  namespace avx512 {              \
+  __VA_ARGS__;                    \
+  }
 #else
 #define FASTCONTRAST_DISPATCH(function, ...) ::fastcontrast::cpu::portable::function(__VA_ARGS__)
 #define FASTCONTRAST_DECLARE(...) \
-  namespace portable { __VA_ARGS__; }
+  namespace portable {            \
+  __VA_ARGS__;                    \
+  }
 #endif

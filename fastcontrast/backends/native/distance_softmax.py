@@ -20,6 +20,8 @@ from fastcontrast.backends.scores import KEEPS, METRICS, Scores, accumulator_dty
 # are enough for the GEMMs W·Y and Wᵀ·X to run at full speed.
 TILE_ROWS = 512
 TILE_COLUMNS = 2048
+# Waking the other threads costs some microseconds: the C++ pass over this many scores.
+ELEMENTS_PER_THREAD = 1 << 13
 
 
 def distance_softmax_forward(
@@ -133,7 +135,6 @@ class _Operands:
             "keep": KEEPS.index(scores.keep),
             "dim": x.shape[1],
             "exclude_count": 0 if self.exclude is None else self.exclude.shape[1],
-            "threads": torch.get_num_threads(),
         }
         size = min(x.shape[0], TILE_ROWS) * min(y.shape[0], TILE_COLUMNS)
         self.buffer = self.x.new_empty(size)
@@ -145,6 +146,7 @@ class _Operands:
     def tiles(self) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
         """Every tile with its dot products computed, row blocks outermost."""
         m, n = self.x.shape[0], self.y.shape[0]
+        threads = torch.get_num_threads()
         for row in range(0, m, TILE_ROWS):
             rows = slice(row, min(row + TILE_ROWS, m))
             for column in range(0, n, TILE_COLUMNS):
@@ -159,6 +161,7 @@ class _Operands:
                         "values": values.data_ptr(),
                         "rows": values.shape[0],
                         "columns": values.shape[1],
+                        "threads": min(threads, 1 + values.numel() // ELEMENTS_PER_THREAD),
                         "first_column": column,
                         "x_sqnorm": _address(self.x_sqnorm, rows),
                         "y_sqnorm": _address(self.y_sqnorm, columns),

@@ -1,0 +1,37 @@
+"""Fixtures that every test shares: poisoned memory, seeds, and the backends under test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch starts its threads: on a busy machine, threads that spin while they wait make small
+# calls a hundred times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from variants import Variant, active  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations() -> Iterator[None]:
+    """Fill every uninitialised tensor with NaN: an element that a kernel forgets shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20140612)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of the backend of a `Variant`, with the variant's instruction set in force."""
+    variant: Variant = request.param
+    if variant.skip_reason is not None:
+        pytest.skip(f"{variant}: {variant.skip_reason}")
+    with active(variant):
+        yield variant.backend

@@ -1,0 +1,75 @@
+"""The equations, as loops over Python floats: the start of the truth chain.
+
+Nothing here is shared with the package. ``test_reference.py`` holds the reference backend to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Matrix = Sequence[Sequence[float]]
+
+
+def score(x: Sequence[float], y: Sequence[float], metric: str, scale: float) -> float:
+    if metric == "cosine":
+        norm = math.sqrt(sum(a * a for a in x)) * math.sqrt(sum(b * b for b in y))
+        return scale * sum(a * b for a, b in zip(x, y, strict=True)) / norm if norm else 0.0
+    if metric == "dot":
+        return scale * sum(a * b for a, b in zip(x, y, strict=True))
+    d2 = sum((a - b) ** 2 for a, b in zip(x, y, strict=True))
+    return -scale * (math.sqrt(d2) if metric == "l2" else d2)
+
+
+def columns_that_count(
+    row: int,
+    columns: int,
+    exclude: Sequence[Sequence[int]] | None,
+    row_ids: Sequence[int] | None,
+    column_ids: Sequence[int] | None,
+    keep: str,
+) -> list[int]:
+    result = []
+    for j in range(columns):
+        if exclude is not None and j in exclude[row]:
+            continue
+        if keep == "same" and row_ids[row] != column_ids[j]:
+            continue
+        if keep == "different" and row_ids[row] == column_ids[j]:
+            continue
+        result.append(j)
+    return result
+
+
+def log_sum_exp(values: Sequence[float]) -> float:
+    if not values:
+        return -math.inf
+    top = max(values)
+    return top + math.log(sum(math.exp(v - top) for v in values))
+
+
+def row_statistics(x: Matrix, y: Matrix, metric: str, scale: float, counting, thresholds):
+    """Per row: lse, mean_score, rank, score_sum, count."""
+    result = []
+    for i, row in enumerate(x):
+        scores = [score(row, y[j], metric, scale) for j in counting(i)]
+        lse = log_sum_exp(scores)
+        mean = sum(math.exp(s - lse) * s for s in scores) if scores else 0.0
+        rank = sum(s > thresholds[i] for s in scores)
+        result.append((lse, mean, rank, sum(scores), len(scores)))
+    return result
+
+
+def cross_entropy(scores: Sequence[float], target: int) -> float:
+    return log_sum_exp(scores) - scores[target]
+
+
+def entropy(scores: Sequence[float]) -> float:
+    lse = log_sum_exp(scores)
+    return -sum(math.exp(s - lse) * (s - lse) for s in scores)
+
+
+def triplet_ratio(anchor, positive, negative, objective: str) -> float:
+    a, b = math.dist(anchor, positive), math.dist(anchor, negative)
+    share = math.exp(a) / (math.exp(a) + math.exp(b))
+    return share**2 if objective == "mse" else -math.log(1 - share)
