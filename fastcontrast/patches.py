@@ -4,20 +4,6 @@
 :func:`extract_patches` the deterministic half; :class:`RandomPatches` is the module. What users
 pass is checked by ``fastcontrast/patch_arguments.py``; ``fastcontrast/ops/extract_patches.py`` runs
 it.
-
-The seed contract, layout version 1. A patch is a pure function of (seed, step, sample id, k), the
-same on every device and backend, for every batch size, rank and worker. Philox4x32-10 with the key
-``seed`` (64 bits) encrypts the counter::
-
-    c0 = step[31:0]          c1 = step[47:32] | draw << 16
-    c2 = sample_id[31:0]     c3 = sample_id[39:32] | k << 8
-
-and draw 0 gives four 32-bit words, used in 64-bit integer arithmetic::
-
-    y0 = w0 * (H - h + 1) >> 32        x0 = w1 * (W - w + 1) >> 32
-    flipped horizontally if w2 < floor(hflip * 2**32), vertically if w3 < floor(vflip * 2**32)
-
-So step < 2**48, sample ids < 2**40 and k < 2**24; draws 1 to 2**16 - 1 are kept for later use.
 """
 
 from __future__ import annotations
@@ -251,10 +237,21 @@ def sample_coords(
 ) -> tuple[Tensor, Tensor]:
     """Draw the boxes and flips of random patches: a pure function of (seed, step, sample id, k).
 
-    The counter layout, version 1, is stated at the head of this module: equal arguments give equal
-    bits on every device and backend, a larger ``num_patches`` keeps the first patches, and neither
-    batch size nor rank nor worker matters once ``sample_ids`` name the images. The bias of a
-    position is at most (H - h + 1) / 2**32.
+    Equal arguments give equal bits on every device and backend, a larger ``num_patches`` keeps the
+    first patches, and neither batch size nor rank nor worker matters once ``sample_ids`` name the
+    images. Patch k of a sample is made, in counter layout version 1, by Philox4x32-10 with the key
+    ``seed`` (64 bits) from the counter::
+
+        c0 = step[31:0]          c1 = step[47:32] | draw << 16
+        c2 = sample_id[31:0]     c3 = sample_id[39:32] | k << 8
+
+    Draw 0 gives four 32-bit words, used in 64-bit integer arithmetic::
+
+        y0 = w0 * (H - h + 1) >> 32        x0 = w1 * (W - w + 1) >> 32
+        flipped horizontally if w2 < floor(hflip * 2**32), vertically if w3 < floor(vflip * 2**32)
+
+    Draws 1 to 2**16 - 1 are kept for later use. The bias of a position is at most
+    (H - h + 1) / 2**32.
 
     Args:
         batch: Number of images, B >= 0.

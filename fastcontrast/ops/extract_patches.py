@@ -174,8 +174,8 @@ class _ExtractPatches(torch.autograd.Function):
     setup_context = staticmethod(_forward_context)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _differentiate_forward(ctx, grad, _ExtractPatchesBackward.apply)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _differentiate_forward(ctx, grads[0], _ExtractPatchesBackward.apply)
 
 
 class _ExtractPatchesBackward(torch.autograd.Function):
@@ -186,8 +186,8 @@ class _ExtractPatchesBackward(torch.autograd.Function):
     setup_context = staticmethod(_backward_context)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _differentiate_backward(ctx, grad, _ExtractPatches.apply)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _differentiate_backward(ctx, grads[0], _ExtractPatches.apply)
 
 
 # The custom operators: what torch.compile sees.
