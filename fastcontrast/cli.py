@@ -1,0 +1,202 @@
+"""The ``fastcontrast`` command: reads flags, calls the training recipes, prints what came of it.
+
+Everything is imported when its command runs, so that help, the version and ``doctor`` need neither
+the train extras nor a wait. Errors of the user are one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastcontrast.train.config import SemisupConfig
+    from fastcontrast.train.semisup import Result
+
+HELP = """\
+usage: fastcontrast COMMAND [flags]
+
+Contrastive and metric losses on distances, for PyTorch.
+
+commands:
+  train semisup   learn an embedding of digits from a few labels; its --help lists the flags
+  doctor          what is installed, which backend runs which op, and what is missing
+
+options:
+  -h, --help      show this message
+  --version       show the version
+
+Example:
+  fastcontrast train semisup --steps 1500 --seed 1
+"""
+
+TRAIN_HELP = """\
+usage: fastcontrast train RECIPE [flags]
+
+recipes:
+  semisup   semi-supervised metric embedding on MNIST: 100 labels, the other images without
+
+Each recipe's --help lists its flags.
+"""
+
+DOCTOR_HELP = """\
+usage: fastcontrast doctor
+
+Show what is installed, which backend runs which op, and what is missing.
+"""
+
+SEMISUP_HELP = """\
+Learn an embedding of handwritten digits from a few labels and many images without one
+(Hoffer & Ailon, "Semi-supervised deep learning by metric embedding", arXiv 1611.01449).
+
+- A step embeds labelled images, unlabelled images and one labelled anchor per class.
+- Labelled images pay cross-entropy over their distances to the anchors, the others entropy.
+- It ends with the nearest-neighbour test error against the labelled images, and raw pixels'.
+- runs/<name>/ gets config.json, metrics.jsonl, checkpoint/, embeddings.npz and two pictures.
+- Ctrl-C stops after the current step with everything written; --resume goes on from there."""
+
+_TRAIN_PACKAGES = ("tyro", "rich", "matplotlib", "safetensors")
+_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Without the program's name; the process's own if None.
+
+    Returns:
+        Exit code: 0 done, 1 failed while running, 2 wrong use or unusable input, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        match arguments:
+            case []:
+                print(HELP, end="", file=sys.stderr)
+                return _USAGE
+            case ["-h" | "--help" | "help", *_]:
+                print(HELP, end="")
+                return 0
+            case ["--version"]:
+                print(f"fastcontrast {_version()}")
+                return 0
+            case ["doctor", *flags]:
+                return _doctor(flags)
+            case ["train", "semisup", *flags]:
+                return _train_semisup(flags)
+            case ["train"]:
+                print(TRAIN_HELP, end="", file=sys.stderr)
+                return _USAGE
+            case ["train", "-h" | "--help", *_]:
+                print(TRAIN_HELP, end="")
+                return 0
+            case ["train", other, *_]:
+                return _fail(f"train: no recipe {other!r}; there is: semisup")
+            case [other, *_]:
+                return _fail(f"no command {other!r}; see fastcontrast --help")
+    except KeyboardInterrupt:
+        return _fail("interrupted", _INTERRUPTED)
+    return 0
+
+
+def _doctor(flags: list[str]) -> int:
+    if flags:
+        if flags[0] in ("-h", "--help"):
+            print(DOCTOR_HELP, end="")
+            return 0
+        return _fail(f"doctor: takes no arguments, got {flags[0]!r}")
+    from fastcontrast.doctor import report
+
+    print(report().rstrip("\n"))
+    return 0
+
+
+def _train_semisup(flags: list[str]) -> int:
+    missing = [name for name in _TRAIN_PACKAGES if not _importable(name)]
+    if missing:
+        return _fail(f'train needs {", ".join(missing)}: pip install "fastcontrast[train]"')
+    from fastcontrast.train.loop import NonFiniteLossError
+    from fastcontrast.train.semisup import prepare, train
+
+    try:
+        job = prepare(_semisup_config(flags))
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    try:
+        result = train(job)
+    except (NonFiniteLossError, ValueError, OSError) as error:
+        return _fail(str(error), _FAILED)
+    _print_result(job.config, result)
+    return _INTERRUPTED if result.interrupted else 0
+
+
+def _semisup_config(flags: list[str]) -> SemisupConfig:
+    """Read the flags; with --resume, what is not given is as the run was started."""
+    import tyro
+
+    from fastcontrast.train.config import SemisupConfig
+    from fastcontrast.train.runs import folder_of, read_config
+
+    def parse(default: SemisupConfig) -> SemisupConfig:
+        return tyro.cli(
+            SemisupConfig,
+            prog="fastcontrast train semisup",
+            description=SEMISUP_HELP,
+            default=default,
+            args=flags,
+        )
+
+    config = parse(SemisupConfig())
+    return parse(read_config(folder_of(config))) if config.resume else config
+
+
+def _print_result(config: SemisupConfig, result: Result) -> None:
+    from fastcontrast.train.progress import print_errors
+
+    labels = 10 * config.labels_per_class
+    print_errors(
+        {"raw pixels": result.pixel_errors, "embedding": result.errors},
+        f"Test error by nearest neighbours among the {labels:,} labelled images:",
+    )
+    run = result.run
+    written = (run.config, run.metrics, run.checkpoints, run.embeddings, run.curve, run.embedding)
+    print("\nWritten:")
+    for path in written:
+        if path.exists():
+            print(f"  {path}")
+    if result.interrupted:
+        again = ["fastcontrast", "train", "semisup", "--resume", "--name", run.path.name]
+        if run.path.parent != Path("runs"):
+            again += ["--out-dir", str(run.path.parent)]
+        print(
+            f"\nStopped after step {result.step:,} of {config.steps:,}. To continue:\n"
+            f"  {shlex.join(again)}"
+        )
+
+
+def _importable(name: str) -> bool:
+    try:
+        import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fastcontrast")
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _fail(message: str, code: int = _USAGE) -> int:
+    print(f"fastcontrast: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""How a run shows itself: a live bar where standard output is a terminal, plain lines where not.
+
+The recipes open one with :func:`show_progress` and hand it to the loop; the closing table is here
+too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastcontrast.train.loop import Progress
+
+
+@contextmanager
+def show_progress(steps: int, done: int) -> Iterator[Progress]:
+    """Open the display that suits standard output.
+
+    Args:
+        steps: Where the run ends.
+        done: Steps finished before.
+    """
+    if not sys.stdout.isatty():
+        yield _Lines(steps)
+        return
+    from rich import progress
+
+    with progress.Progress(
+        progress.TextColumn("step {task.completed:,}/{task.total:,}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.fields[figures]}"),
+        progress.TimeRemainingColumn(),
+    ) as bar:
+        yield _Bar(bar, bar.add_task("", total=steps, completed=done, figures=""), steps)
+
+
+class _Lines:
+    """One line for every line of the metrics."""
+
+    def __init__(self, steps: int):
+        self._steps = steps
+
+    def advance(self, step: int) -> None:
+        """Say nothing: lines come with the metrics."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Print the record's figures."""
+        print(_step_and_figures(record, self._steps), flush=True)
+
+
+class _Bar:
+    """A live bar with the latest loss, and a line above it for every evaluation."""
+
+    def __init__(self, bar: Any, task: Any, steps: int):
+        self._bar, self._task, self._steps = bar, task, steps
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Show the loss beside the bar, and an error as a line that stays."""
+        if "loss" in record:
+            self._bar.update(self._task, figures=f"loss {record['loss']:.3f}")
+        if "error_1nn" in record:
+            self._bar.console.print(_step_and_figures(record, self._steps), highlight=False)
+
+
+def print_errors(rows: dict[str, dict[int, float]], title: str) -> None:
+    """Print a table of errors: a row for each representation, a column for each k.
+
+    Args:
+        rows: Row title to (k to error, 0 to 1).
+        title: What the table is about.
+    """
+    width = max(map(len, rows))
+    neighbours = list(next(iter(rows.values())))
+    print(f"\n{title}")
+    print("  " + " " * width + "".join(f"{f'{k}-NN':>9}" for k in neighbours))
+    for name, errors in rows.items():
+        print("  " + name.ljust(width) + "".join(f"{errors[k]:>9.2%}" for k in neighbours))
+
+
+def _step_and_figures(record: dict[str, Any], steps: int) -> str:
+    text = f"step {record['step']:>{len(str(steps))}}/{steps}"
+    if "loss" in record:
+        text += (
+            f"   loss {record['loss']:.4f} (labelled {record['loss_labelled']:.4f}, "
+            f"unlabelled {record['loss_unlabelled']:.4f})"
+        )
+    if "error_1nn" in record:
+        text += f"   1-NN test error {record['error_1nn']:.2%}"
+    return text

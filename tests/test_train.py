@@ -1,0 +1,193 @@
+"""The semi-supervised recipe's parts: network, label split, batches, loss, configuration."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastcontrast.data import mnist_sample
+from fastcontrast.train.config import SemisupConfig
+from fastcontrast.train.models import mnist_embedding_network, normalise_pixels
+from fastcontrast.train.semisup import build_model, sample_step, semisup_loss, split_labels
+
+
+def test_network_is_the_papers():
+    model = mnist_embedding_network()
+    count = {
+        kind: sum(p.numel() for m in model if isinstance(m, kind) for p in m.parameters())
+        for kind in (nn.Conv2d, nn.BatchNorm2d)
+    }
+    assert count == {nn.Conv2d: 134_336, nn.BatchNorm2d: 608}
+    sizes, x = [], torch.zeros(2, 1, 28, 28)
+    for layer in model:
+        x = layer(x)
+        if isinstance(layer, nn.BatchNorm2d):
+            sizes.append(tuple(x.shape[1:]))
+    assert sizes == [(16, 13, 13), (32, 13, 13), (64, 13, 13), (64, 6, 6), (128, 6, 6)]
+    assert x.shape == (2, 128)
+    order = [type(layer).__name__ for layer in model]
+    assert order[:4] == ["Conv2d", "MaxPool2d", "ReLU", "BatchNorm2d"]
+    assert order[4:7] == ["Conv2d", "ReLU", "BatchNorm2d"]
+
+
+def test_pixels_are_normalised_as_the_authors_did():
+    pixels = torch.tensor([0, 64, 128, 255], dtype=torch.uint8)
+    assert normalise_pixels(pixels).tolist() == [-1.0, -0.5, 0.0, 127 / 128]
+
+
+def test_initial_weights_follow_the_seed_and_leave_global_state_alone():
+    state = torch.random.get_rng_state()
+    first, again, other = build_model(3), build_model(3), build_model(4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
+    )
+    assert not torch.equal(first[0].weight, other[0].weight)
+
+
+@pytest.fixture(scope="module")
+def labels():
+    return mnist_sample().train_labels
+
+
+@pytest.fixture(scope="module")
+def split(labels):
+    return split_labels(labels, 10, 10, seed=0)
+
+
+def test_split_is_balanced_and_complete(labels, split):
+    assert split.labelled.shape == (10, 10)
+    for c, members in enumerate(split.labelled):
+        assert (labels.numpy()[members] == c).all()
+        assert len(set(members)) == 10
+    everything = np.concatenate([split.labelled.ravel(), split.unlabelled])
+    np.testing.assert_array_equal(np.sort(everything), np.arange(10_000))
+
+
+def test_split_follows_the_seed(labels, split):
+    again, other = split_labels(labels, 10, 10, seed=0), split_labels(labels, 10, 10, seed=1)
+    np.testing.assert_array_equal(split.labelled, again.labelled)
+    assert not np.array_equal(split.labelled, other.labelled)
+
+
+@pytest.mark.parametrize(("per_class", "said"), [(4, "class 1 has only 3"), (3, "without a label")])
+def test_split_refuses_more_labels_than_there_are(per_class, said):
+    labels = torch.tensor([0, 1] * 3 + ([0] if per_class == 4 else []))
+    with pytest.raises(ValueError, match=said):
+        split_labels(labels, 2, per_class, seed=0)
+
+
+def test_step_draws_what_the_paper_says(labels, split):
+    seen = {"labelled": set(), "unlabelled": set(), "anchors": set()}
+    for step in range(200):
+        drawn = sample_step(split, 32, seed=0, step=step)
+        assert drawn.labelled.shape == drawn.unlabelled.shape == (32,)
+        assert labels.numpy()[drawn.anchors].tolist() == list(range(10))  # one of each, in order
+        for part, found in seen.items():
+            found.update(getattr(drawn, part).tolist())
+    labelled = set(split.labelled.ravel().tolist())
+    assert seen["labelled"] == labelled  # 6,400 draws of 100 miss none
+    assert seen["anchors"] == labelled
+    assert seen["unlabelled"].isdisjoint(labelled)
+    # 6,400 draws from 9,900 with replacement are expected to find 4,713 different ones.
+    assert abs(len(seen["unlabelled"]) - 9900 * (1 - math.exp(-6400 / 9900))) < 150
+
+
+def test_step_is_a_function_of_seed_and_step(split):
+    def draw(seed, step):
+        drawn = sample_step(split, 8, seed, step)
+        return np.concatenate([drawn.labelled, drawn.unlabelled, drawn.anchors])
+
+    later = draw(0, 5)
+    draw(0, 6)
+    np.testing.assert_array_equal(draw(0, 5), later)
+    assert not np.array_equal(draw(0, 6), later)
+    assert not np.array_equal(draw(1, 5), later)
+    assert not np.array_equal(draw(5, 0), later)
+    assert len({tuple(draw(0, step)) for step in range(500)}) == 500
+
+
+class _Embeds(nn.Module):
+    """Stands for the network: returns given embeddings whatever the images."""
+
+    def __init__(self, embeddings):
+        super().__init__()
+        self.embeddings = embeddings
+
+    def forward(self, images):
+        assert images.dtype == torch.float32
+        assert len(images) == len(self.embeddings)
+        return self.embeddings
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_loss_is_the_equation(squared, weight):
+    embeddings = torch.randn(4 + 4 + 3, 5, generator=torch.Generator().manual_seed(1)).double()
+    labels = torch.tensor([2, 0, 1, 1])
+    images = torch.zeros(11, 1, 28, 28, dtype=torch.uint8)
+    loss, parts = semisup_loss(
+        _Embeds(embeddings), (images, labels), squared=squared, unlabelled_weight=weight
+    )
+    points, anchors = embeddings[:8].numpy(), embeddings[8:].numpy()
+    cross_entropy, entropy = [], []
+    for i, x in enumerate(points):
+        distances = np.array([math.dist(x, z) ** (2 if squared else 1) for z in anchors])
+        p = np.exp(-distances) / np.exp(-distances).sum()
+        if i < 4:
+            cross_entropy.append(-math.log(p[labels[i]]))
+        else:
+            entropy.append(-(p * np.log(p)).sum())
+    expected = np.mean(cross_entropy), np.mean(entropy)
+    np.testing.assert_allclose(parts[1:].numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(loss, expected[0] + weight * expected[1], rtol=1e-6)
+    assert parts[0] == loss
+
+
+def test_loss_of_a_constant_embedding_is_the_uniform_guess():
+    images, labels = torch.zeros(18, 1, 28, 28, dtype=torch.uint8), torch.arange(4)
+    _, parts = semisup_loss(
+        _Embeds(torch.ones(18, 6)), (images, labels), squared=False, unlabelled_weight=1.0
+    )
+    torch.testing.assert_close(parts, torch.tensor([2 * math.log(10), *[math.log(10)] * 2]))
+
+
+def test_rate_drops_at_a_third_and_two_thirds_unless_told():
+    config = SemisupConfig(steps=90, learning_rate=0.1)
+    rates = [config.learning_rate_at(step) for step in (0, 29, 30, 59, 60, 89)]
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    told = SemisupConfig(steps=90, learning_rate=0.1, lr_drops=(10,))
+    np.testing.assert_allclose([told.learning_rate_at(s) for s in (9, 10, 89)], [0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"labels_per_class": 0},
+        {"threads": -1},
+        {"seed": -1},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"momentum": 1.0},
+        {"weight_decay": -1.0},
+        {"unlabelled_weight": math.inf},
+        {"lr_drops": (5, 5)},
+        {"lr_drops": (0,)},
+        {"name": "a/b"},
+        {"name": ".."},
+        {"name": ""},
+    ],
+    ids=str,
+)
+def test_configuration_refuses_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SemisupConfig(**wrong)
+
+
+def test_resume_and_overwrite_exclude_each_other():
+    with pytest.raises(ValueError, match="exclude each other"):
+        SemisupConfig(resume=True, overwrite=True)
