@@ -154,9 +154,9 @@ def test_loss_of_a_constant_embedding_is_the_uniform_guess():
     torch.testing.assert_close(parts, torch.tensor([2 * math.log(10), *[math.log(10)] * 2]))
 
 
-def test_rate_drops_at_a_third_and_two_thirds_unless_told():
-    config = SemisupConfig(steps=90, learning_rate=0.1)
-    rates = [config.learning_rate_at(step) for step in (0, 29, 30, 59, 60, 89)]
+def test_rate_drops_at_a_half_and_three_quarters_unless_told():
+    config = SemisupConfig(steps=80, learning_rate=0.1)
+    rates = [config.learning_rate_at(step) for step in (0, 39, 40, 59, 60, 79)]
     np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
     told = SemisupConfig(steps=90, learning_rate=0.1, lr_drops=(10,))
     np.testing.assert_allclose([told.learning_rate_at(s) for s in (9, 10, 89)], [0.1, 0.01, 0.01])

@@ -150,9 +150,9 @@ def test_resuming_a_finished_run_changes_nothing(config):
 
 def test_rate_drops_stay_where_they_were_when_steps_grow(config):
     _, started = open_run(dataclasses.replace(config, steps=30))
-    assert started.lr_drops == (10, 20)
+    assert started.lr_drops == (15, 23)
     _, resumed = open_run(dataclasses.replace(config, steps=90, resume=True))
-    assert resumed.lr_drops == (10, 20)
+    assert resumed.lr_drops == (15, 23)
     assert resumed.steps == 90
 
 

@@ -10,7 +10,7 @@ import gzip
 import os
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ def load_mnist(directory: str | os.PathLike[str]) -> ImageDataset:
     )
 
 
-def _read_at_most(stream: BinaryIO, limit: int) -> bytes:
+def _read_at_most(stream: IO[bytes] | gzip.GzipFile, limit: int) -> bytes:
     """Read to the limit or the end, in pieces: a foreign header may promise any size."""
     values = bytearray()
     while piece := stream.read(min(_PIECE, limit - len(values))):

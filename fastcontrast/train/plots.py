@@ -63,14 +63,16 @@ def plot_curve(
             axes.axvline(step, color=_FAINT, ls=":", lw=1.2)
     if reached:
         top.plot([], [], color=_FAINT, ls=":", lw=1.2, label="learning rate / 10")
-    bottom.axhline(100 * pixel_error, color=_FAINT, ls="--", lw=1.4, label="raw pixels")
+    bottom.axhline(
+        100 * pixel_error, color=_FAINT, ls="--", lw=1.4, label=f"raw pixels ({pixel_error:.1%})"
+    )
     if errors:
         steps, percent = [r["step"] for r in errors], [100 * r["error_1nn"] for r in errors]
         bottom.plot(
             steps, percent, color=_ERROR, lw=1.6, marker="o", markersize=4, label="embedding"
         )
         bottom.annotate(
-            f"{percent[-1]:.1f} %",
+            f"{percent[-1]:.1f}%",
             (steps[-1], percent[-1]),
             xytext=(0, 8),
             textcoords="offset points",
@@ -87,7 +89,8 @@ def plot_curve(
     for axes in (top, bottom):
         _plain_axes(axes)
         axes.grid(color="#e6e6e6", lw=0.8)
-        axes.legend(frameon=False, fontsize=9, loc="upper right")
+        place = "upper right" if axes is top else "center right"  # clear of raw pixels' line
+        axes.legend(fontsize=9, loc=place, framealpha=0.9, edgecolor="none")
     figure.align_ylabels()
     figure.suptitle(title, fontsize=12, color=_INK)
     _save(figure, path)
@@ -124,7 +127,8 @@ def plot_embedding(
     size = 9 if len(plane) <= 4000 else 3
     for number, name in enumerate(class_names):
         mine = plane[labels_of_points == number]
-        axes.scatter(*mine.T, s=size, color=colours[number], alpha=0.55, lw=0, label=name)
+        axes.scatter(*mine.T, s=size, color=colours[number], alpha=0.55, lw=0)
+        axes.scatter([], [], s=46, color=colours[number], lw=0, label=name)
     for number in range(len(class_names)):
         mine = marks[labels_of_marks == number]
         outline = {"edgecolors": "black", "linewidths": 0.9, "zorder": 3}
@@ -134,13 +138,8 @@ def plot_embedding(
     axes.set_ylabel(f"second principal direction ({shares[1]:.0%})")
     axes.set_aspect("equal", adjustable="box")
     _plain_axes(axes)
-    legend = axes.legend(
-        frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.0, title="class"
-    )
-    for handle in legend.legend_handles[:-1]:
-        handle.set_sizes([46])
-        handle.set_alpha(1.0)
-    figure.suptitle(title, fontsize=12, color=_INK)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="class")
+    axes.set_title(title, fontsize=12, color=_INK, pad=12)
     _save(figure, path)
 
 

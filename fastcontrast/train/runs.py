@@ -107,7 +107,9 @@ def open_run(config: SemisupConfig) -> tuple[RunFolder, SemisupConfig]:
         _clear(run)
     run.path.mkdir(parents=True, exist_ok=True)
     started = dataclasses.replace(config, data=_absolute(config.data), lr_drops=config.drop_steps)
-    _write_config(run, started, resumed=[])
+    fields = _saved_fields(started)
+    content = {"recipe": "semisup", "seed": config.seed, **_environment(), "config": fields}
+    _write_json(run.config, content)
     return run, started
 
 
@@ -132,9 +134,10 @@ def read_config(run: RunFolder) -> SemisupConfig:
 
 def note_resumption(run: RunFolder, config: SemisupConfig, step: int) -> None:
     """Record in config.json that the run was continued, from where and by which versions."""
-    before = json.loads(run.config.read_text("utf-8"))
-    entry = {"from_step": step, **_environment()}
-    _write_config(run, config, resumed=[*before.get("resumed", []), entry], first=before)
+    content = json.loads(run.config.read_text("utf-8"))
+    content["config"] = _saved_fields(config)
+    content.setdefault("resumed", []).append({"from_step": step, **_environment()})
+    _write_json(run.config, content)
 
 
 def append_metrics(run: RunFolder, record: dict[str, Any]) -> None:
@@ -202,17 +205,15 @@ def _clear(run: RunFolder) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_config(
-    run: RunFolder, config: SemisupConfig, resumed: list[Any], first: dict[str, Any] | None = None
-) -> None:
+def _saved_fields(config: SemisupConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
-    for name in ("out_dir", "name", "resume", "overwrite"):
+    for name in ("out_dir", "name", "resume", "overwrite"):  # where the folder is, not what it is
         del fields[name]
-    origin = {k: first[k] for k in _environment() if k in first} if first else _environment()
-    content = {"recipe": "semisup", "seed": config.seed, **origin, "config": fields}
-    if resumed:
-        content["resumed"] = resumed
-    write_atomically(run.config, (json.dumps(content, indent=2) + "\n").encode("utf-8"))
+    return fields
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode("utf-8"))
 
 
 def _environment() -> dict[str, Any]:
@@ -239,10 +240,14 @@ def _commit() -> str | None:
     if not (checkout / ".git").exists():
         return None
     try:
-        git = ["git", "-C", str(checkout)]
-        ask = {"capture_output": True, "text": True, "timeout": 10, "check": True}
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **ask).stdout.strip()
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        return commit + ("+changes" if subprocess.run(status, **ask).stdout.strip() else "")
+        commit = _git(checkout, "rev-parse", "HEAD")
+        edited = _git(checkout, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
+    return commit + ("+changes" if edited else "")
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(checkout), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
