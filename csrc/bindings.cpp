@@ -63,7 +63,8 @@ void distance_softmax_forward(const py::kwargs& a) {
   out.first = a["first"].cast<bool>();
   out.last = a["last"].cast<bool>();
   out.lse = at<T>(a["lse"].cast<Address>());
-  out.mean_score = at<T>(a["mean_score"].cast<Address>());
+  out.lse_residual = at<T>(a["lse_residual"].cast<Address>());
+  out.entropy = at<T>(a["entropy"].cast<Address>());
   out.score_sum = at<T>(a["score_sum"].cast<Address>());
   out.count = at<std::int64_t>(a["count"].cast<Address>());
   out.threshold = at<const T>(a["threshold"].cast<Address>());
@@ -77,9 +78,10 @@ void distance_softmax_backward(const py::kwargs& a) {
   const cpu::Tile<T> tile = tile_from<T>(a);
   cpu::TileGradient<T> grad;
   grad.lse = at<const T>(a["lse"].cast<Address>());
-  grad.mean_score = at<const T>(a["mean_score"].cast<Address>());
+  grad.lse_residual = at<const T>(a["lse_residual"].cast<Address>());
+  grad.entropy = at<const T>(a["entropy"].cast<Address>());
   grad.grad_lse = at<const T>(a["grad_lse"].cast<Address>());
-  grad.grad_mean = at<const T>(a["grad_mean"].cast<Address>());
+  grad.grad_entropy = at<const T>(a["grad_entropy"].cast<Address>());
   grad.grad_sum = at<const T>(a["grad_sum"].cast<Address>());
   grad.row_sum = at<double>(a["row_sum"].cast<Address>());
   grad.column_sum = at<double>(a["column_sum"].cast<Address>());

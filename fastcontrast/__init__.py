@@ -3,6 +3,8 @@
 The public names; everything else is reached through its module. Documentation: docs/design.md.
 """
 
+from typing import Any
+
 from fastcontrast.backends import available_backends
 from fastcontrast.losses import (
     InfoNCELoss,
@@ -15,24 +17,36 @@ from fastcontrast.losses import (
     triplet_ratio_loss,
 )
 from fastcontrast.ops.distance_softmax import RowStatistics, distance_softmax
+from fastcontrast.patches import (
+    Patches,
+    RandomPatches,
+    extract_patches,
+    random_patches,
+    sample_coords,
+)
 
 __all__ = [
     "InfoNCELoss",
     "MetricEmbeddingLoss",
+    "Patches",
+    "RandomPatches",
     "RowStatistics",
     "SpatialContrastingLoss",
     "TripletRatioLoss",
     "__version__",
     "available_backends",
     "distance_softmax",
+    "extract_patches",
     "info_nce_loss",
     "metric_embedding_loss",
+    "random_patches",
+    "sample_coords",
     "spatial_contrasting_loss",
     "triplet_ratio_loss",
 ]
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 # calls a hundred times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from variants import Variant, active  # noqa: E402
+import pytest
+import torch
+from variants import Variant, active
 
 
 @pytest.fixture(autouse=True)

@@ -49,14 +49,15 @@ def log_sum_exp(values: Sequence[float]) -> float:
 
 
 def row_statistics(x: Matrix, y: Matrix, metric: str, scale: float, counting, thresholds):
-    """Per row: lse, mean_score, rank, score_sum, count."""
+    """Per row: lse, entropy, mean_score, rank, score_sum, count."""
     result = []
     for i, row in enumerate(x):
         scores = [score(row, y[j], metric, scale) for j in counting(i)]
         lse = log_sum_exp(scores)
         mean = sum(math.exp(s - lse) * s for s in scores) if scores else 0.0
         rank = sum(s > thresholds[i] for s in scores)
-        result.append((lse, mean, rank, sum(scores), len(scores)))
+        surprise = entropy(scores) if scores else 0.0
+        result.append((lse, surprise, mean, rank, sum(scores), len(scores)))
     return result
 
 

@@ -76,10 +76,11 @@ FC_INLINE double log_sum_exp(SoftmaxState s) {
   return (s.max + log2(s.sum)) * 0.6931471805599453;
 }
 
-// Σ_j p_j s_j; 0 where nothing counted.
-FC_INLINE double mean_score(SoftmaxState s) {
+// -Σ_j p_j log p_j in nats; 0 where nothing counted. Taken from the state, not as the difference of
+// two large numbers (log-sum-exp minus mean score).
+FC_INLINE double entropy(SoftmaxState s) {
   if (s.sum == 0.0) return 0.0;
-  return (s.max + s.weighted / s.sum) * 0.6931471805599453;
+  return (log2(s.sum) - s.weighted / s.sum) * 0.6931471805599453;
 }
 
 }  // namespace fastcontrast

@@ -1,6 +1,7 @@
 // Maths: per row i of a tile, t_ij = s_ij·log2(e) from dot products (common/scores.h), then
 //   forward:  max, Σ 2^(t-max), Σ 2^(t-max)(t-max), on request Σ s and #{s > threshold};
-//   backward: p = 2^(t - lse2), g = p (g_lse + g_mean (1 + s - mean)) + g_sum, w = g ∂s/∂x / (x-y).
+//   backward: p = 2^(t - lse2), g = p (g_lse - g_entropy (log p + entropy)) + g_sum,
+//             w = g ∂s/∂x / (x-y).
 // Tiling: the caller hands over a tile that its GEMM has just written; a thread owns whole rows,
 // and
 //   in the column sums whole columns, in fixed order: results do not depend on the thread count.
@@ -196,8 +197,10 @@ FC_INLINE void forward_row(const Tile<T>& tile, const RowStatistics<T>& out, int
     out.rank[row] = (out.first ? 0 : out.rank[row]) + above;
   }
   if (out.last) {
-    out.lse[row] = (T)log_sum_exp(now);
-    out.mean_score[row] = (T)mean_score(now);
+    const double lse = log_sum_exp(now);
+    out.lse[row] = (T)lse;
+    out.lse_residual[row] = lse == -INFINITY ? T(0) : (T)(lse - (double)(T)lse);
+    out.entropy[row] = (T)entropy(now);
   } else {
     state[0] = now.max;
     state[1] = now.sum;
@@ -238,10 +241,16 @@ FC_INLINE void backward_row(const Tile<T>& tile, const TileGradient<T>& grad, in
   T* t = tile.values + row * tile.columns;
   const T scale2 = tile.scale * T(LOG2_E);
   const T gl = grad.grad_lse ? grad.grad_lse[row] : T(0);
-  const T gm = grad.grad_mean ? grad.grad_mean[row] : T(0);
+  const T gh = grad.grad_entropy ? grad.grad_entropy[row] : T(0);
   const T gs = grad.grad_sum ? grad.grad_sum[row] : T(0);
-  const T lse2 = grad.lse[row] == T(-INFINITY) ? T(0) : grad.lse[row] * T(LOG2_E);
-  const T offset = T(1) - grad.mean_score[row];
+  // lse in two parts: a float32 one alone would be off by |lse|·eps, and every p by that factor.
+  const double lse2 = grad.lse[row] == T(-INFINITY)
+                          ? 0.0
+                          : ((double)grad.lse[row] + (double)grad.lse_residual[row]) * LOG2_E;
+  const T lse2_high = (T)lse2;
+  const T lse2_low = (T)(lse2 - (double)lse2_high);
+  const T entropy = grad.entropy[row];
+  const T floor = smallest_exponent(T(0));
   double row_sum = 0, score_product = 0;
   for (int64_t begin = 0; begin < tile.columns; begin += SUM_CHUNK) {
     const int64_t end = smaller(begin + SUM_CHUNK, tile.columns);
@@ -250,7 +259,9 @@ FC_INLINE void backward_row(const Tile<T>& tile, const TileGradient<T>& grad, in
     for (int64_t j = begin; j < end; ++j) {
       const T score = t[j];
       const T s = score * T(LN_2);
-      const T g = exp2_flushed(score - lse2) * (gl + gm * (offset + s)) + gs;
+      const T u = (score - lse2_high) - lse2_low;  // log2 p
+      const T log_p = (u < floor ? floor : u) * T(LN_2);
+      const T g = exp2_flushed(u) * (gl - gh * (log_p + entropy)) + gs;
       const bool counts = score != T(-INFINITY);
       const T w = counts ? flush_denormal(pair_weight<metric>(g, score, tile.scale, scale2)) : T(0);
       part_product += counts ? g * s : T(0);

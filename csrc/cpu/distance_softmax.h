@@ -40,7 +40,8 @@ struct RowStatistics {
   double* state;       // [rows, 4]: max, sum, weighted sum, score sum, carried between tiles
   bool first, last;    // tile of these rows: start the state, write the results
   T* lse;              // [rows]
-  T* mean_score;       // [rows]
+  T* lse_residual;     // [rows]: what rounding lse to T left over, for the backward pass
+  T* entropy;          // [rows]
   T* score_sum;        // [rows], or null
   int64_t* count;      // [rows], or null (with score_sum)
   const T* threshold;  // [rows], or null
@@ -50,9 +51,10 @@ struct RowStatistics {
 template <typename T>
 struct TileGradient {
   const T* lse;           // [rows]
-  const T* mean_score;    // [rows]
+  const T* lse_residual;  // [rows]
+  const T* entropy;       // [rows]
   const T* grad_lse;      // [rows], or null
-  const T* grad_mean;     // [rows], or null
+  const T* grad_entropy;  // [rows], or null
   const T* grad_sum;      // [rows], or null
   double* row_sum;        // [rows], += Σ_j w_ij
   double* column_sum;     // [columns], += Σ_i w_ij

@@ -38,6 +38,48 @@ class Scores(NamedTuple):
     precision: str
 
 
+class Statistics(NamedTuple):
+    """What the forward kernels return, in the accumulator dtype; what is not asked for is empty.
+
+    Attributes:
+        lse: Log-sum-exp [M], nats; -inf where no column counts.
+        lse_residual: What rounding ``lse`` left over [M]: the backward kernels add it, because an
+            error of ``lse`` is a relative error of every probability of the row.
+        entropy: Entropy of the softmax [M], nats; 0 where no column counts.
+        score_sum: Sum of the scores that count [M].
+        count: Number of columns that count, int64 [M].
+        rank: Number of columns that score above the threshold, int64 [M].
+    """
+
+    lse: Tensor
+    lse_residual: Tensor
+    entropy: Tensor
+    score_sum: Tensor
+    count: Tensor
+    rank: Tensor
+
+
+def empty_statistics(x: Tensor, *, score_sum: bool, rank: bool) -> Statistics:
+    """Uninitialised :class:`Statistics` for the rows of ``x``."""
+    m, dtype = x.shape[0], accumulator_dtype(x.dtype)
+    return Statistics(
+        lse=x.new_empty(m, dtype=dtype),
+        lse_residual=x.new_empty(m, dtype=dtype),
+        entropy=x.new_empty(m, dtype=dtype),
+        score_sum=x.new_empty(m if score_sum else 0, dtype=dtype),
+        count=x.new_empty(m if score_sum else 0, dtype=torch.int64),
+        rank=x.new_empty(m if rank else 0, dtype=torch.int64),
+    )
+
+
+class RowGradients(NamedTuple):
+    """Gradients of the differentiable statistics, each [M] or None."""
+
+    lse: Tensor | None
+    entropy: Tensor | None
+    score_sum: Tensor | None
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else: dtype of sums, statistics and losses."""
     return torch.float64 if dtype == torch.float64 else torch.float32

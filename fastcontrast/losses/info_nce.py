@@ -63,6 +63,7 @@ def info_nce_loss(
         RuntimeError: If the named backend cannot run this call; the message says why.
 
     Example:
+        >>> import torch
         >>> query = torch.tensor([[0.0], [3.0]])
         >>> key = torch.tensor([[1.0], [3.0]])
         >>> info_nce_loss(query, key, reduction="none")  # log(1 + e^-2) twice

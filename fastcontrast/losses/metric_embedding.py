@@ -57,6 +57,7 @@ def metric_embedding_loss(
         RuntimeError: If the named backend cannot run this call; the message says why.
 
     Example:
+        >>> import torch
         >>> anchors = torch.tensor([[0.0], [1.0]])
         >>> rows = torch.tensor([[0.0], [0.5]])
         >>> metric_embedding_loss(rows, anchors, torch.tensor([0, -1]), reduction="none")
@@ -85,7 +86,7 @@ def metric_embedding_loss(
     own_score = paired_scores(embeddings, own, metric=metric, scale=scale)
     labelled = targets >= 0
     cross_entropy = torch.where(labelled, softplus(rows.lse - own_score), 0.0)
-    entropy = unlabelled_weight * torch.where(labelled, 0.0, rows.lse - rows.mean_score)
+    entropy = unlabelled_weight * torch.where(labelled, 0.0, rows.entropy)
     if reduction == "none":
         return cross_entropy + entropy
     if reduction == "sum":

@@ -49,6 +49,7 @@ def spatial_contrasting_loss(
         RuntimeError: If the named backend cannot run this call; the message says why.
 
     Example:
+        >>> import torch
         >>> same = torch.ones(4, 2)
         >>> spatial_contrasting_loss(same, same)  # nothing to tell apart: log 4
         tensor(1.3863)

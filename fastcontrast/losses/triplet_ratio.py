@@ -46,6 +46,7 @@ def triplet_ratio_loss(
         TypeError: If an argument is not a floating-point tensor.
 
     Example:
+        >>> import torch
         >>> x = torch.zeros(3, 2)
         >>> triplet_ratio_loss(x, x, x)  # nothing to tell apart: (1/2)²
         tensor(0.2500)

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from fastcontrast import backends
 from fastcontrast.backends.reference.distance_softmax import differentiable_statistics
-from fastcontrast.backends.scores import KEEPS, METRICS, PRECISIONS, Scores, accumulator_dtype
+from fastcontrast.backends.scores import (
+    KEEPS,
+    METRICS,
+    PRECISIONS,
+    RowGradients,
+    Scores,
+    Statistics,
+    accumulator_dtype,
+    empty_statistics,
+)
 
 
 class RowStatistics(NamedTuple):
@@ -26,18 +35,22 @@ class RowStatistics(NamedTuple):
 
     Attributes:
         lse: Log-sum-exp of the scores, [M], nats; -inf where no column counts. Differentiable.
-        mean_score: Mean score under the softmax, [M], nats; 0 where no column counts.
-            Differentiable. The entropy of the softmax is ``lse - mean_score``.
+        entropy: Entropy of the softmax, [M], nats; 0 where no column counts. Differentiable.
         rank: Number of columns that score above the threshold, [M] int64; None without threshold.
         score_sum: Sum of the scores that count, [M]; None unless asked for. Differentiable.
         count: Number of columns that count, [M] int64; None unless asked for.
     """
 
     lse: Tensor
-    mean_score: Tensor
+    entropy: Tensor
     rank: Tensor | None
     score_sum: Tensor | None
     count: Tensor | None
+
+    @property
+    def mean_score(self) -> Tensor:
+        """Mean score under the softmax, [M], nats; -inf where no column counts. Differentiable."""
+        return self.lse - self.entropy
 
 
 def distance_softmax(
@@ -55,12 +68,12 @@ def distance_softmax(
     precision: str = "auto",
     backend: str | None = None,
 ) -> RowStatistics:
-    r"""Log-sum-exp, mean score and rank of every row of a pairwise score matrix never formed.
+    r"""Log-sum-exp, entropy and rank of every row of a pairwise score matrix never formed.
 
     .. math::
         \mathrm{lse}_i = \log \sum_{j \in C_i} e^{s_{ij}}, \qquad
-        \mathrm{mean\_score}_i = \sum_{j \in C_i} p_{ij} s_{ij}, \qquad
-        p_{ij} = e^{s_{ij} - \mathrm{lse}_i}
+        p_{ij} = e^{s_{ij} - \mathrm{lse}_i}, \qquad
+        H_i = -\sum_{j \in C_i} p_{ij} \log p_{ij} = \mathrm{lse}_i - \sum_{j \in C_i} p_{ij} s_{ij}
 
     with :math:`s_{ij} = -\mathrm{scale}\,\lVert x_i - y_j\rVert` (``"l2"``), its square
     (``"sqeuclidean"``), :math:`\mathrm{scale}\; x_i\cdot y_j` (``"dot"``) or the same of normalised
@@ -95,6 +108,7 @@ def distance_softmax(
         RuntimeError: If the named backend cannot run this call; the message says why.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[0.0], [1.0]])
         >>> y = torch.tensor([[0.0], [1.0], [2.0]])
         >>> distance_softmax(x, y).lse  # log(1 + e^-1 + e^-2), log(1 + 2 e^-1)
@@ -136,7 +150,7 @@ def distance_softmax(
 
     if torch.compiler.is_compiling():
         scale_tensor = torch.as_tensor(scale, dtype=accumulator_dtype(x.dtype), device=x.device)
-        lse, mean, total, count, rank = torch.ops.fastcontrast.distance_softmax(
+        lse, _, entropy, total, count, rank = torch.ops.fastcontrast.distance_softmax(
             x, y, scale_tensor, metric, exclude, row_ids, column_ids, keep, threshold, score_sum,
             precision, backend,
         )  # fmt: skip
@@ -144,12 +158,12 @@ def distance_softmax(
         precision = effective_precision(precision, x.dtype)
         scores = Scores(metric, scale, exclude, row_ids, column_ids, keep, precision)
         scale_input = scale if isinstance(scale, Tensor) else None
-        lse, mean, total, count, rank = _EagerDistanceSoftmax.apply(
+        lse, _, entropy, total, count, rank = _EagerDistanceSoftmax.apply(
             x, y, scale_input, scores, threshold, score_sum, backend
         )
     return RowStatistics(
         lse,
-        mean,
+        entropy,
         rank if threshold is not None else None,
         total if score_sum else None,
         count if score_sum else None,
@@ -245,32 +259,29 @@ class _EagerDistanceSoftmax(torch.autograd.Function):
         threshold: Tensor | None,
         score_sum: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        outputs = backends.run(
-            backend, "distance_softmax_forward", x, y, scores, threshold, score_sum
-        )
-        lse, mean, _, count, rank = outputs
-        ctx.save_for_backward(x, y, scale, lse, mean)
-        ctx.scores, ctx.backend = (
-            scores._replace(scale=0.0 if scale is not None else scores.scale),
-            backend,
-        )
-        ctx.mark_non_differentiable(count, rank)
+    ) -> Statistics:
+        out = backends.run(backend, "distance_softmax_forward", x, y, scores, threshold, score_sum)
+        ctx.save_for_backward(x, y, scale, out.lse, out.lse_residual, out.entropy)
+        # A tensor scale is kept by save_for_backward alone.
+        ctx.scores = scores if scale is None else scores._replace(scale=1.0)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(out.lse_residual, out.count, out.rank)
         ctx.set_materialize_grads(False)
-        return outputs
+        return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, y, scale, lse, mean = ctx.saved_tensors
+        x, y, scale, *statistics = ctx.saved_tensors
         scores = ctx.scores if scale is None else ctx.scores._replace(scale=scale)
         needs = tuple(ctx.needs_input_grad[:3])
-        row_grads = grads[:3]
+        row_gradients = RowGradients(grads[0], grads[2], grads[3])
         if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate again
-            dx, dy, dscale = _differentiable_gradients(x, y, scores, row_grads, needs)
+            dx, dy, dscale = _differentiable_gradients(x, y, scores, row_gradients, needs)
         else:
             dx, dy, dscale = backends.run(
-                ctx.backend, "distance_softmax_backward", x, y, scores, lse, mean, row_grads, needs
-            )
+                ctx.backend, "distance_softmax_backward", x, y, scores, tuple(statistics),
+                row_gradients, needs,
+            )  # fmt: skip
         if scale is not None and needs[2]:
             dscale = dscale.to(scale.dtype).to(scale.device)
         result = [d if need else None for d, need in zip((dx, dy, dscale), needs, strict=True)]
@@ -278,7 +289,7 @@ class _EagerDistanceSoftmax(torch.autograd.Function):
 
 
 def _differentiable_gradients(
-    x: Tensor, y: Tensor, scores: Scores, grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+    x: Tensor, y: Tensor, scores: Scores, grads: RowGradients, needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """The gradients as functions of inputs and grads, by the reference path; O(M·N·D) memory."""
     outputs = differentiable_statistics(x, y, scores)
@@ -307,7 +318,7 @@ def _differentiable_gradients(
     mutates_args=(),
     schema="(Tensor x, Tensor y, Tensor scale, str metric, Tensor? exclude, Tensor? row_ids, "
     "Tensor? column_ids, str keep, Tensor? threshold, bool score_sum, str precision, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _distance_softmax_op(
     x,
@@ -325,7 +336,8 @@ def _distance_softmax_op(
 ):
     precision = effective_precision(precision, x.dtype)
     scores = Scores(metric, scale, exclude, row_ids, column_ids, keep, precision)
-    return backends.run(backend, "distance_softmax_forward", x, y, scores, threshold, score_sum)
+    out = backends.run(backend, "distance_softmax_forward", x, y, scores, threshold, score_sum)
+    return tuple(out)
 
 
 @_distance_softmax_op.register_fake
@@ -343,41 +355,35 @@ def _(
     precision,
     backend,
 ):
-    dtype, m = accumulator_dtype(x.dtype), x.shape[0]
-    return (
-        x.new_empty(m, dtype=dtype),
-        x.new_empty(m, dtype=dtype),
-        x.new_empty(m if score_sum else 0, dtype=dtype),
-        x.new_empty(m if score_sum else 0, dtype=torch.int64),
-        x.new_empty(m if threshold is not None else 0, dtype=torch.int64),
-    )
+    return tuple(empty_statistics(x, score_sum=score_sum, rank=threshold is not None))
 
 
 @torch.library.custom_op(
     "fastcontrast::distance_softmax_backward",
     mutates_args=(),
     schema="(Tensor x, Tensor y, Tensor scale, str metric, Tensor? exclude, Tensor? row_ids, "
-    "Tensor? column_ids, str keep, str precision, str backend, Tensor lse, Tensor mean_score, "
-    "Tensor? grad_lse, Tensor? grad_mean, Tensor? grad_sum, bool[3] needs) "
+    "Tensor? column_ids, str keep, str precision, str backend, Tensor lse, Tensor lse_residual, "
+    "Tensor entropy, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_sum, bool[3] needs) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def _distance_softmax_backward_op(
-    x, y, scale, metric, exclude, row_ids, column_ids, keep, precision, backend, lse, mean_score,
-    grad_lse, grad_mean, grad_sum, needs,
+    x, y, scale, metric, exclude, row_ids, column_ids, keep, precision, backend, lse,
+    lse_residual, entropy, grad_lse, grad_entropy, grad_sum, needs,
 ):  # fmt: skip
     precision = effective_precision(precision, x.dtype)
     scores = Scores(metric, scale, exclude, row_ids, column_ids, keep, precision)
-    grads = (grad_lse, grad_mean, grad_sum)
+    grads = RowGradients(grad_lse, grad_entropy, grad_sum)
     dx, dy, dscale = backends.run(
-        backend, "distance_softmax_backward", x, y, scores, lse, mean_score, grads, tuple(needs)
-    )
+        backend, "distance_softmax_backward", x, y, scores, (lse, lse_residual, entropy), grads,
+        tuple(needs),
+    )  # fmt: skip
     return dx, dy, dscale.to(scale.dtype)
 
 
 @_distance_softmax_backward_op.register_fake
 def _(
-    x, y, scale, metric, exclude, row_ids, column_ids, keep, precision, backend, lse, mean_score,
-    grad_lse, grad_mean, grad_sum, needs,
+    x, y, scale, metric, exclude, row_ids, column_ids, keep, precision, backend, lse,
+    lse_residual, entropy, grad_lse, grad_entropy, grad_sum, needs,
 ):  # fmt: skip
     return (
         x.new_empty(x.shape if needs[0] else (0,)),
@@ -390,22 +396,32 @@ def _setup_context(ctx, inputs, output):
     x, y, scale, metric, exclude, row_ids, column_ids, keep, _, score_sum, precision, backend = (
         inputs
     )
-    lse, mean_score, _, count, rank = output
-    ctx.save_for_backward(x, y, scale, exclude, row_ids, column_ids, lse, mean_score)
+    lse, lse_residual, entropy, _, count, rank = output
+    ctx.save_for_backward(x, y, scale, exclude, row_ids, column_ids, lse, lse_residual, entropy)
     ctx.options = (metric, keep, precision, backend, score_sum)
-    ctx.mark_non_differentiable(count, rank)
+    ctx.mark_non_differentiable(lse_residual, count, rank)
 
 
-def _backward(ctx, grad_lse, grad_mean, grad_sum, *_):
-    x, y, scale, exclude, row_ids, column_ids, lse, mean_score = ctx.saved_tensors
+def _backward(ctx, grad_lse, _, grad_entropy, grad_sum, *__):
+    x, y, scale, exclude, row_ids, column_ids, *statistics = ctx.saved_tensors
     metric, keep, precision, backend, score_sum = ctx.options
     needs = list(ctx.needs_input_grad[:3])
     dx, dy, dscale = torch.ops.fastcontrast.distance_softmax_backward(
-        x, y, scale, metric, exclude, row_ids, column_ids, keep, precision, backend, lse,
-        mean_score, grad_lse, grad_mean, grad_sum if score_sum else None, needs,
+        x, y, scale, metric, exclude, row_ids, column_ids, keep, precision, backend,
+        *statistics, grad_lse, grad_entropy, grad_sum if score_sum else None, needs,
     )  # fmt: skip
     result = [d if need else None for d, need in zip((dx, dy, dscale), needs, strict=True)]
     return (*result, *[None] * 9)
 
 
 _distance_softmax_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "fastcontrast::distance_softmax cannot be differentiated twice under torch.compile; "
+        "double backward works in eager mode"
+    )
+
+
+_distance_softmax_backward_op.register_autograd(_no_double_backward)

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from fastcontrast import _C
-from fastcontrast.backends.scores import KEEPS, METRICS, Scores, accumulator_dtype, column_mean
+from fastcontrast.backends.scores import (
+    KEEPS,
+    METRICS,
+    RowGradients,
+    Scores,
+    Statistics,
+    accumulator_dtype,
+    column_mean,
+    empty_statistics,
+)
 
 # A tile of 512 × 2048 float32 takes 4 MiB, which a shared last-level cache holds; its 512 rows
 # are enough for the GEMMs W·Y and Wᵀ·X to run at full speed.
@@ -26,17 +35,17 @@ ELEMENTS_PER_THREAD = 1 << 13
 
 def distance_softmax_forward(
     x: Tensor, y: Tensor, scores: Scores, threshold: Tensor | None, score_sum: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Row statistics (lse, mean_score, score_sum, count, rank); what is not asked for is empty."""
+) -> Statistics:
+    """Statistics of every row."""
     dtype = accumulator_dtype(x.dtype)
     m = x.shape[0]
     operands = _Operands(x, y, scores, dtype)
-    lse, mean = x.new_empty(m, dtype=dtype), x.new_empty(m, dtype=dtype)
-    total = x.new_empty(m if score_sum else 0, dtype=dtype)
-    count = x.new_empty(m if score_sum else 0, dtype=torch.int64)
-    rank = x.new_empty(0 if threshold is None else m, dtype=torch.int64)
+    out = empty_statistics(x, score_sum=score_sum, rank=threshold is not None)
     if y.shape[0] == 0:
-        return lse.fill_(-torch.inf), mean.zero_(), total.zero_(), count.zero_(), rank.zero_()
+        for value in out:
+            value.zero_()
+        out.lse.fill_(-torch.inf)
+        return out
     limit = None if threshold is None else threshold.to(dtype).contiguous()
     state = torch.empty(min(m, TILE_ROWS), 4, dtype=torch.float64)
     entry = getattr(_C, f"distance_softmax_forward_{operands.suffix}")
@@ -47,26 +56,26 @@ def distance_softmax_forward(
                 state=state.data_ptr(),
                 first=columns.start == 0,
                 last=columns.stop == y.shape[0],
-                lse=_address(lse, rows),
-                mean_score=_address(mean, rows),
-                score_sum=_address(total, rows) if score_sum else 0,
-                count=_address(count, rows) if score_sum else 0,
+                lse=_address(out.lse, rows),
+                lse_residual=_address(out.lse_residual, rows),
+                entropy=_address(out.entropy, rows),
+                score_sum=_address(out.score_sum, rows) if score_sum else 0,
+                count=_address(out.count, rows) if score_sum else 0,
                 threshold=_address(limit, rows),
-                rank=_address(rank, rows) if threshold is not None else 0,
+                rank=_address(out.rank, rows) if threshold is not None else 0,
             )
-    return lse, mean, total, count, rank
+    return out
 
 
 def distance_softmax_backward(
     x: Tensor,
     y: Tensor,
     scores: Scores,
-    lse: Tensor,
-    mean_score: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    statistics: tuple[Tensor, Tensor, Tensor],
+    grads: RowGradients,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, y and scale from those of (lse, mean_score, score_sum); empty if not needed.
+    """Gradients of x, y and scale from (lse, lse_residual, entropy); empty where not needed.
 
     ``dx_i = Σ_j w_ij (x_i - y_j)`` is taken as ``x_i Σ_j w_ij - (W Y)_i``, and dy alike.
     """
@@ -78,7 +87,8 @@ def distance_softmax_backward(
     wx = y.new_zeros((n, dim) if needs[1] else (0,), dtype=dtype)
     row_sum, score_product = torch.zeros(2, m, dtype=torch.float64)
     column_sum = torch.zeros(n, dtype=torch.float64)
-    grad_lse, grad_mean, grad_sum = (
+    lse, lse_residual, entropy = statistics
+    grad_lse, grad_entropy, grad_sum = (
         None if grad is None else grad.to(dtype).contiguous() for grad in grads
     )
     entry = getattr(_C, f"distance_softmax_backward_{operands.suffix}")
@@ -87,9 +97,10 @@ def distance_softmax_backward(
             entry(
                 **tile,
                 lse=_address(lse, rows),
-                mean_score=_address(mean_score, rows),
+                lse_residual=_address(lse_residual, rows),
+                entropy=_address(entropy, rows),
                 grad_lse=_address(grad_lse, rows),
-                grad_mean=_address(grad_mean, rows),
+                grad_entropy=_address(grad_entropy, rows),
                 grad_sum=_address(grad_sum, rows),
                 row_sum=_address(row_sum, rows),
                 column_sum=_address(column_sum, columns),

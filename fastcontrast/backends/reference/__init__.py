@@ -1,7 +1,7 @@
 """The oracle: every op in plain PyTorch, on any device, exact in float64.
 
-Runs in chunks, so that it also serves where nothing faster can. Its gradients come from PyTorch's
-autograd, not from our formulas: the tests hold the other backends to it.
+Runs in chunks, so that it also serves where nothing faster can. The tests hold it to the equations
+themselves and to PyTorch's autograd, and every other backend to it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`distance_softmax` by definition: direct differences, masks, PyTorch's own gradients.
+"""`distance_softmax` by definition: direct differences, dense masks, PyTorch's own softmax.
 
 Rows go in chunks of at most CHUNK_ELEMENTS scores. :func:`differentiable_statistics` is the same
 computation left open to autograd: double backward goes through it.
@@ -11,92 +11,90 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastcontrast.backends.scores import Scores, accumulator_dtype, column_mean
+from fastcontrast.backends.scores import (
+    RowGradients,
+    Scores,
+    Statistics,
+    accumulator_dtype,
+    column_mean,
+    empty_statistics,
+)
 
 CHUNK_ELEMENTS = 1 << 22
 
 
 def distance_softmax_forward(
     x: Tensor, y: Tensor, scores: Scores, threshold: Tensor | None, score_sum: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Row statistics (lse, mean_score, score_sum, count, rank); what is not asked for is empty."""
-    dtype = accumulator_dtype(x.dtype)
-    m = x.shape[0]
-    lse, mean = x.new_empty(m, dtype=dtype), x.new_empty(m, dtype=dtype)
-    total = x.new_empty(m if score_sum else 0, dtype=dtype)
-    count = x.new_empty(m if score_sum else 0, dtype=torch.int64)
-    rank = x.new_empty(0 if threshold is None else m, dtype=torch.int64)
+) -> Statistics:
+    """Statistics of every row."""
+    out = empty_statistics(x, score_sum=score_sum, rank=threshold is not None)
+    out.lse_residual.zero_()  # the backward pass starts from the scores, not from lse
     for rows in _row_chunks(x, y):
-        s, counts = _score_matrix(x[rows], y, _of_rows(scores, rows), twice=False)
-        lse[rows], mean[rows], row_total = _softmax_statistics(s, counts)
+        part = _of_rows(scores, rows)
+        s, counts = _masked(
+            _similarity(*_operands(x[rows], y, part), part.metric) * part.scale, part
+        )
+        out.lse[rows], out.entropy[rows], row_sum = _softmax_statistics(s, counts)
         if score_sum:
-            total[rows], count[rows] = row_total, counts.sum(1)
+            out.score_sum[rows], out.count[rows] = row_sum, counts.sum(1)
         if threshold is not None:
-            rank[rows] = (s > threshold[rows][:, None]).sum(1)
-    return lse, mean, total, count, rank
+            out.rank[rows] = (s > threshold[rows][:, None]).sum(1)
+    return out
 
 
 def distance_softmax_backward(
     x: Tensor,
     y: Tensor,
     scores: Scores,
-    lse: Tensor,
-    mean_score: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    statistics: tuple[Tensor, Tensor, Tensor],
+    grads: RowGradients,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, y, scale from those of (lse, mean_score, score_sum); empty if not needed."""
-    del lse, mean_score  # recomputed: autograd differentiates the definition
+    """Gradients of x, y and scale; empty where not needed."""
+    del statistics  # recomputed with the scores
     dtype = accumulator_dtype(x.dtype)
     dx = torch.zeros_like(x, dtype=dtype) if needs[0] else x.new_empty(0)
     dy = torch.zeros_like(y, dtype=dtype) if needs[1] else y.new_empty(0)
-    scale = torch.as_tensor(scores.scale, dtype=dtype, device=x.device).detach()
-    dscale = torch.zeros_like(scale) if needs[2] else scale.new_empty(0)
+    dscale = x.new_zeros((), dtype=dtype) if needs[2] else x.new_empty(0, dtype=dtype)
     for rows in _row_chunks(x, y):
-        with torch.enable_grad():
-            leaves = [
-                x[rows].detach().to(dtype).requires_grad_(needs[0]),
-                y.detach().to(dtype).requires_grad_(needs[1]),
-                scale.clone().requires_grad_(needs[2]),
-            ]
-            part = _of_rows(scores, rows)._replace(scale=leaves[2])
-            s, counts = _score_matrix(leaves[0], leaves[1], part, twice=False)
-            outputs = _softmax_statistics(s, counts)
-            pairs = [
-                (output, grad[rows].to(dtype))
-                for output, grad in zip(outputs, grads, strict=True)
-                if grad is not None
-            ]
-            wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-            if not pairs or not wanted:
-                continue
-            result = iter(
-                torch.autograd.grad(
-                    [output for output, _ in pairs],
-                    wanted,
-                    [grad for _, grad in pairs],
-                    materialize_grads=True,
-                )
-            )
-        if needs[0]:
-            dx[rows] = next(result)
-        if needs[1]:
-            dy += next(result)
+        part = _of_rows(scores, rows)
+        a, b = _operands(x[rows], y, part)
+        similarity = _similarity(a, b, part.metric)
+        s, counts = _masked(similarity * part.scale, part)
+        g = _score_gradient(s, counts, *(None if v is None else v[rows].to(dtype) for v in grads))
         if needs[2]:
-            dscale += next(result)
+            dscale += torch.where(counts, g * similarity, 0.0).sum()
+        g = g * part.scale
+        if part.metric == "dot":
+            da, db = g @ b, g.T @ a
+        else:
+            distance = similarity.abs() if part.metric == "l2" else similarity.abs().sqrt()
+            g = -g if part.metric == "l2" else -2.0 * g * distance
+            da = torch.ops.aten._cdist_backward(g, a, b, 2.0, distance)
+            db = torch.ops.aten._cdist_backward(g.T.contiguous(), b, a, 2.0, distance.T)
+        if needs[0]:
+            dx[rows] = da
+        if needs[1]:
+            dy += db
     return dx.to(x.dtype), dy.to(y.dtype), dscale
 
 
 def differentiable_statistics(
     x: Tensor, y: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse, mean_score, score_sum) as a graph that can be differentiated any number of times.
+    """(lse, entropy, score_sum) as a graph that can be differentiated any number of times.
 
     Takes O(M·N·D) memory.
     """
-    dtype = accumulator_dtype(x.dtype)
-    s, counts = _score_matrix(x.to(dtype), y.to(dtype), scores, twice=True)
-    return _softmax_statistics(s, counts)
+    a, b = _operands(x, y, scores)
+    if scores.metric == "dot":
+        similarity = a @ b.T
+    else:
+        squared = (a[:, None, :] - b[None, :, :]).square().sum(2)
+        coincident = squared == 0
+        distance = torch.where(coincident, 0.0, torch.where(coincident, 1.0, squared).sqrt())
+        similarity = -distance if scores.metric == "l2" else -squared
+    return _softmax_statistics(*_masked(similarity * scores.scale, scores))
 
 
 def _row_chunks(x: Tensor, y: Tensor) -> Iterator[slice]:
@@ -111,24 +109,34 @@ def _of_rows(scores: Scores, rows: slice) -> Scores:
     )
 
 
-def _score_matrix(x: Tensor, y: Tensor, scores: Scores, *, twice: bool) -> tuple[Tensor, Tensor]:
-    """Scores [M, N], -inf where a column does not count, and which columns count [M, N]."""
+def _operands(x: Tensor, y: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """Both sides in the accumulator dtype, rounded as the precision allows."""
     dtype = accumulator_dtype(x.dtype)
     x, y = x.to(dtype), y.to(dtype)
-    if scores.metric == "dot":
-        s = _rounded(x, scores.precision) @ _rounded(y, scores.precision).T
-    else:
+    if scores.precision == "ieee":
+        return x.contiguous(), y.contiguous()
+    if scores.metric != "dot":  # centred before rounding, as where the rounding is in hardware
         mean = column_mean(y)
-        x, y = _rounded(x - mean, scores.precision), _rounded(y - mean, scores.precision)
-        distance = _distances_twice_differentiable(x, y) if twice else _distances(x, y)
-        s = -distance if scores.metric == "l2" else -distance.square()
-    s = s * scores.scale
+        x, y = x - mean, y - mean
+    return _rounded(x, scores.precision), _rounded(y, scores.precision)
+
+
+def _similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
+    """Scores [M, N] before the scale."""
+    if metric == "dot":
+        return a @ b.T
+    distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    return -distance if metric == "l2" else -distance.square()
+
+
+def _masked(s: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """Scores with -inf where a column does not count, and which columns count, both [M, N]."""
     counts = torch.ones(s.shape, dtype=torch.bool, device=s.device)
     if scores.exclude is not None and s.shape[1] > 0:
         inside = (scores.exclude >= 0) & (scores.exclude < s.shape[1])
         for e in range(scores.exclude.shape[1]):
             rows = inside[:, e].nonzero()[:, 0]
-            counts[rows, scores.exclude[rows, e]] = False
+            counts[rows, scores.exclude[rows, e].to(torch.int64)] = False
     if scores.row_ids is not None and scores.column_ids is not None:
         same = scores.row_ids[:, None] == scores.column_ids[None, :]
         counts &= same if scores.keep == "same" else ~same
@@ -138,24 +146,39 @@ def _score_matrix(x: Tensor, y: Tensor, scores: Scores, *, twice: bool) -> tuple
 def _softmax_statistics(s: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if s.shape[1] == 0:
         zero = s.sum(1)
-        return zero - torch.inf, zero, zero
+        return zero - torch.inf, zero, zero  # lse, entropy, score_sum
     empty = ~counts.any(1)
     # -inf minus -inf must not be reached, not even by the gradient of a branch not taken.
     defined = torch.where(empty[:, None], 0.0, s)
     lse = torch.where(empty, -torch.inf, torch.logsumexp(defined, 1))
-    finite = torch.where(s == -torch.inf, 0.0, s)
-    mean = (torch.softmax(defined, 1) * finite).sum(1)
-    return lse, mean, torch.where(counts, s, 0.0).sum(1)
+    log_p = torch.log_softmax(defined, 1)
+    finite = torch.where((s == -torch.inf) | empty[:, None], 0.0, log_p)
+    entropy = -(log_p.exp() * finite).sum(1)
+    return lse, entropy, torch.where(counts, s, 0.0).sum(1)
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _distances_twice_differentiable(x: Tensor, y: Tensor) -> Tensor:
-    squared = (x[:, None, :] - y[None, :, :]).square().sum(2)
-    coincident = squared == 0
-    return torch.where(coincident, 0.0, torch.where(coincident, 1.0, squared).sqrt())
+def _score_gradient(
+    s: Tensor,
+    counts: Tensor,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_sum: Tensor | None,
+) -> Tensor:
+    """∂L/∂s = p (g_lse - g_entropy (log p + H)) + g_sum, 0 where a column does not count."""
+    empty = ~counts.any(1, keepdim=True)
+    log_p = torch.log_softmax(torch.where(empty, 0.0, s), 1)
+    p = torch.where(empty, 0.0, log_p.exp())
+    log_p = torch.where(p == 0, 0.0, log_p)
+    factor = torch.zeros_like(p)
+    if grad_lse is not None:
+        factor = factor + grad_lse[:, None]
+    if grad_entropy is not None:
+        entropy = -(p * log_p).sum(1, keepdim=True)
+        factor = factor - grad_entropy[:, None] * (log_p + entropy)
+    g = p * factor
+    if grad_sum is not None:
+        g = g + grad_sum[:, None]
+    return torch.where(counts, g, 0.0)
 
 
 def _rounded(x: Tensor, precision: str) -> Tensor:
@@ -164,10 +187,10 @@ def _rounded(x: Tensor, precision: str) -> Tensor:
         return x
     value = x.detach()
     if precision == "tf32":  # 10 bits of mantissa, ties away from zero as cvt.rna does
-        bits = ((value.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-        rounded = torch.where(torch.isfinite(value), bits, value)
+        bits = value.contiguous().view(torch.int32)
+        rounded = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
     else:
         rounded = value.to(torch.bfloat16).float()
         if precision == "bf16x3":  # high and low halves: 16 bits of mantissa
             rounded = rounded + (value - rounded).to(torch.bfloat16).float()
-    return x + (rounded - value)
+    return torch.where(torch.isfinite(value), x + (rounded - value), x)
