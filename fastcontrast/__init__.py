@@ -3,7 +3,7 @@
 The public names; everything else is reached through its module. Documentation: docs/design.md.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastcontrast.backends import available_backends
 from fastcontrast.losses import (
@@ -24,6 +24,9 @@ from fastcontrast.patches import (
     random_patches,
     sample_coords,
 )
+
+if TYPE_CHECKING:
+    __version__: str
 
 __all__ = [
     "InfoNCELoss",

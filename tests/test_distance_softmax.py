@@ -42,7 +42,7 @@ def evaluate(
     grads = torch.autograd.grad(outputs, [x, y, scale], upstream)
     result = dict(zip(VALUES, outputs, strict=True))
     result |= dict(zip(GRADIENTS, grads, strict=True))
-    return result | {"rank": r.rank, "count": r.count}
+    return result | {"rank": r.rank, "count": r.column_count}
 
 
 @functools.cache

@@ -175,7 +175,7 @@ def test_rows_in_which_nothing_counts(backend: str) -> None:
     )  # fmt: skip
     assert torch.isinf(r.lse).tolist() == [False, True, False, True]
     assert r.entropy[1::2].tolist() == r.score_sum[1::2].tolist() == [0.0, 0.0]
-    assert r.count.tolist() == r.rank.tolist() == [5, 0, 5, 0]
+    assert r.column_count.tolist() == r.rank.tolist() == [5, 0, 5, 0]
     dx, dy = gradients((F.softplus(r.lse) + r.entropy + r.score_sum).sum(), x, y)
     assert torch.equal(dx[1::2], torch.zeros(2, 3))
     assert bool(torch.isfinite(dx).all() and torch.isfinite(dy).all())

@@ -47,7 +47,7 @@ def test_statistics_equal_the_equations(shape: str, metric: str, mask: str) -> N
         if count:
             assert result.mean_score[i].item() == pytest.approx(mean, rel=ORACLE, abs=ORACLE)
         assert result.score_sum[i].item() == pytest.approx(total, rel=ORACLE, abs=ORACLE)
-        assert (result.rank[i].item(), result.count[i].item()) == (rank, count)
+        assert (result.rank[i].item(), result.column_count[i].item()) == (rank, count)
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -47,7 +47,7 @@ class Statistics(NamedTuple):
             error of ``lse`` is a relative error of every probability of the row.
         entropy: Entropy of the softmax [M], nats; 0 where no column counts.
         score_sum: Sum of the scores that count [M].
-        count: Number of columns that count, int64 [M].
+        column_count: Number of columns that count, int64 [M].
         rank: Number of columns that score above the threshold, int64 [M].
     """
 
@@ -55,7 +55,7 @@ class Statistics(NamedTuple):
     lse_residual: Tensor
     entropy: Tensor
     score_sum: Tensor
-    count: Tensor
+    column_count: Tensor
     rank: Tensor
 
 
@@ -67,7 +67,7 @@ def empty_statistics(x: Tensor, *, score_sum: bool, rank: bool) -> Statistics:
         lse_residual=x.new_empty(m, dtype=dtype),
         entropy=x.new_empty(m, dtype=dtype),
         score_sum=x.new_empty(m if score_sum else 0, dtype=dtype),
-        count=x.new_empty(m if score_sum else 0, dtype=torch.int64),
+        column_count=x.new_empty(m if score_sum else 0, dtype=torch.int64),
         rank=x.new_empty(m if rank else 0, dtype=torch.int64),
     )
 

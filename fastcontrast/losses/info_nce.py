@@ -5,13 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.losses.reduction import check_indices, check_reduction, reduce, softplus
-from fastcontrast.ops.distance_softmax import (
-    check_operands,
-    check_scale,
-    distance_softmax,
-    normalized,
-)
+from fastcontrast.losses.reduction import REDUCTIONS, reduce, softplus
+from fastcontrast.ops.checks import check_choice, check_indices, check_operands, check_scale
+from fastcontrast.ops.distance_softmax import distance_softmax, normalized
 from fastcontrast.ops.pairs import paired_scores
 
 
@@ -69,7 +65,7 @@ def info_nce_loss(
         >>> info_nce_loss(query, key, reduction="none")  # log(1 + e^-2) twice
         tensor([0.1269, 0.1269])
     """
-    check_reduction(reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
     check_scale("temperature", temperature)
     check_operands("query", query, "key", key)
     m, n = query.shape[0], key.shape[0]

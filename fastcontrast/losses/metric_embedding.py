@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.losses.reduction import check_indices, check_reduction, softplus
-from fastcontrast.ops.distance_softmax import check_operands, check_scale, distance_softmax
+from fastcontrast.losses.reduction import REDUCTIONS, softplus
+from fastcontrast.ops.checks import check_choice, check_indices, check_operands, check_scale
+from fastcontrast.ops.distance_softmax import distance_softmax
 from fastcontrast.ops.pairs import paired_scores
 
 
@@ -63,7 +64,7 @@ def metric_embedding_loss(
         >>> metric_embedding_loss(rows, anchors, torch.tensor([0, -1]), reduction="none")
         tensor([0.3133, 0.6931])
     """
-    check_reduction(reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
     check_scale("temperature", temperature)
     check_operands("embeddings", embeddings, "anchors", anchors)
     classes = anchors.shape[0]

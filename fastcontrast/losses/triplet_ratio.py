@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastcontrast.losses.reduction import check_reduction, reduce, softplus
-from fastcontrast.ops.distance_softmax import check_operands
+from fastcontrast.losses.reduction import REDUCTIONS, reduce, softplus
+from fastcontrast.ops.checks import check_choice, check_operands
 from fastcontrast.ops.pairs import paired_distance
 
 OBJECTIVES = ("mse", "nll")
@@ -51,9 +51,8 @@ def triplet_ratio_loss(
         >>> triplet_ratio_loss(x, x, x)  # nothing to tell apart: (1/2)²
         tensor(0.2500)
     """
-    check_reduction(reduction)
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("objective", objective, OBJECTIVES)
     for name, other in (("positive", positive), ("negative", negative)):
         check_operands("anchor", anchor, name, other)
         if other.shape != anchor.shape:

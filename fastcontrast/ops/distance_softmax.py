@@ -24,9 +24,15 @@ from fastcontrast.backends.scores import (
     PRECISIONS,
     RowGradients,
     Scores,
-    Statistics,
     accumulator_dtype,
     empty_statistics,
+)
+from fastcontrast.ops.checks import (
+    check_choice,
+    check_integers,
+    check_operands,
+    check_scale,
+    check_thresholds,
 )
 
 
@@ -38,14 +44,14 @@ class RowStatistics(NamedTuple):
         entropy: Entropy of the softmax, [M], nats; 0 where no column counts. Differentiable.
         rank: Number of columns that score above the threshold, [M] int64; None without threshold.
         score_sum: Sum of the scores that count, [M]; None unless asked for. Differentiable.
-        count: Number of columns that count, [M] int64; None unless asked for.
+        column_count: Number of columns that count, [M] int64; None unless asked for.
     """
 
     lse: Tensor
     entropy: Tensor
     rank: Tensor | None
     score_sum: Tensor | None
-    count: Tensor | None
+    column_count: Tensor | None
 
     @property
     def mean_score(self) -> Tensor:
@@ -117,18 +123,15 @@ def distance_softmax(
     check_operands("x", x, "y", y)
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = x.to(dtype), y.to(dtype)
-    _check_choice("metric", metric, (*METRICS, "cosine"))
-    _check_choice("keep", keep, KEEPS)
-    _check_choice("precision", precision, ("auto", *PRECISIONS))
+    check_choice("metric", metric, (*METRICS, "cosine"))
+    check_choice("keep", keep, KEEPS)
+    check_choice("precision", precision, ("auto", *PRECISIONS))
     m, n = x.shape[0], y.shape[0]
     if exclude is not None:
-        if exclude.dim() == 1:
+        if isinstance(exclude, Tensor) and exclude.dim() == 1:
             exclude = exclude[:, None]
-        _check_integers("exclude", exclude, x.device)
-        if exclude.dim() != 2 or exclude.shape[0] != m or exclude.shape[1] > 2:
-            raise ValueError(
-                f"exclude must have shape [{m}] or [{m}, E] with E <= 2, got {list(exclude.shape)}"
-            )
+        width = exclude.shape[-1] if isinstance(exclude, Tensor) and exclude.dim() == 2 else 1
+        check_integers("exclude", exclude, (m, min(width, 2)), x.device)
     if keep == "all":
         if row_ids is not None or column_ids is not None:
             raise ValueError('row_ids and column_ids need keep="same" or keep="different"')
@@ -136,12 +139,9 @@ def distance_softmax(
         for name, ids, length in (("row_ids", row_ids, m), ("column_ids", column_ids, n)):
             if ids is None:
                 raise ValueError(f'keep="{keep}" needs {name}, an integer tensor [{length}]')
-            _check_integers(name, ids, x.device)
-            if ids.shape != (length,):
-                raise ValueError(f"{name} must have shape [{length}], got {list(ids.shape)}")
+            check_integers(name, ids, (length,), x.device)
     if threshold is not None:
-        if threshold.shape != (m,):
-            raise ValueError(f"threshold must have shape [{m}], got {list(threshold.shape)}")
+        check_thresholds(threshold, m, x.device)
         threshold = threshold.detach()
     if metric == "cosine":
         x, y, metric = normalized(x), normalized(y), "dot"
@@ -192,60 +192,6 @@ def effective_precision(precision: str, dtype: torch.dtype) -> str:
     ]
 
 
-def check_operands(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
-    """Raise unless both are floating-point matrices [M, D] and [N, D] on one device."""
-    for name, value in ((x_name, x), (y_name, y)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {value.dtype}")
-        if value.dim() != 2:
-            raise ValueError(f"{name} must have shape [rows, D], got {list(value.shape)}")
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(
-            f"{x_name} and {y_name} must have the same number of columns D, "
-            f"got {list(x.shape)} and {list(y.shape)}"
-        )
-    if x.device != y.device:
-        raise ValueError(
-            f"{x_name} and {y_name} must be on one device, got {x.device} and {y.device}"
-        )
-
-
-def check_scale(name: str, value: float | Tensor) -> None:
-    """Raise unless ``value`` is a positive number or a 0-dim floating-point tensor.
-
-    The value of a tensor is read on CPU only: on a GPU that would wait for the device.
-    """
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {value.dtype}")
-        if value.dim() != 0:
-            raise ValueError(f"{name} must be a number or a 0-dim tensor, got {list(value.shape)}")
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        number = float(value.detach())
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = float(value)
-    else:
-        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
-    if not 0.0 < number < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {number}")
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _check_integers(name: str, value: Tensor, device: torch.device) -> None:
-    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be an int64 or int32 tensor, got {kind}")
-    if value.device != device:
-        raise ValueError(f"{name} must be on {device} with the operands, got {value.device}")
-
-
 class _EagerDistanceSoftmax(torch.autograd.Function):
     """The eager path: straight to the backend, gradients of unused outputs skipped."""
 
@@ -259,13 +205,13 @@ class _EagerDistanceSoftmax(torch.autograd.Function):
         threshold: Tensor | None,
         score_sum: bool,
         backend: str,
-    ) -> Statistics:
+    ) -> tuple[Tensor, ...]:
         out = backends.run(backend, "distance_softmax_forward", x, y, scores, threshold, score_sum)
         ctx.save_for_backward(x, y, scale, out.lse, out.lse_residual, out.entropy)
         # A tensor scale is kept by save_for_backward alone.
         ctx.scores = scores if scale is None else scores._replace(scale=1.0)
         ctx.backend = backend
-        ctx.mark_non_differentiable(out.lse_residual, out.count, out.rank)
+        ctx.mark_non_differentiable(out.lse_residual, out.column_count, out.rank)
         ctx.set_materialize_grads(False)
         return tuple(out)
 
@@ -282,7 +228,7 @@ class _EagerDistanceSoftmax(torch.autograd.Function):
                 ctx.backend, "distance_softmax_backward", x, y, scores, tuple(statistics),
                 row_gradients, needs,
             )  # fmt: skip
-        if scale is not None and needs[2]:
+        if scale is not None and dscale is not None:
             dscale = dscale.to(scale.dtype).to(scale.device)
         result = [d if need else None for d, need in zip((dx, dy, dscale), needs, strict=True)]
         return (*result, None, None, None, None)

@@ -60,7 +60,7 @@ def distance_softmax_forward(
                 lse_residual=_address(out.lse_residual, rows),
                 entropy=_address(out.entropy, rows),
                 score_sum=_address(out.score_sum, rows) if score_sum else 0,
-                count=_address(out.count, rows) if score_sum else 0,
+                count=_address(out.column_count, rows) if score_sum else 0,
                 threshold=_address(limit, rows),
                 rank=_address(out.rank, rows) if threshold is not None else 0,
             )

@@ -36,7 +36,7 @@ def distance_softmax_forward(
         )
         out.lse[rows], out.entropy[rows], row_sum = _softmax_statistics(s, counts)
         if score_sum:
-            out.score_sum[rows], out.count[rows] = row_sum, counts.sum(1)
+            out.score_sum[rows], out.column_count[rows] = row_sum, counts.sum(1)
         if threshold is not None:
             out.rank[rows] = (s > threshold[rows][:, None]).sum(1)
     return out

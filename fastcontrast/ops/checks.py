@@ -1,0 +1,100 @@
+"""Checks of what users pass to the pairwise ops and losses. Errors name the argument.
+
+Called by ``fastcontrast/ops`` and ``fastcontrast/losses`` before anything is computed, so that a
+mistake reads the same whatever the backend, and in eager mode as under ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_operands(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+    """Raise unless both are floating-point matrices [M, D] and [N, D] on one device."""
+    for name, value in ((x_name, x), (y_name, y)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.dtype not in FLOATING:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}"
+            )
+        if value.dim() != 2:
+            raise ValueError(f"{name} must have shape [rows, D], got {list(value.shape)}")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"{x_name} and {y_name} must have the same number of columns D, "
+            f"got {list(x.shape)} and {list(y.shape)}"
+        )
+    if x.device != y.device:
+        raise ValueError(
+            f"{x_name} and {y_name} must be on one device, got {x.device} and {y.device}"
+        )
+
+
+def check_scale(name: str, value: float | Tensor) -> None:
+    """Raise unless ``value`` is a positive number or a 0-dim floating-point tensor.
+
+    The value of a tensor is read on CPU only: on a GPU that would wait for the device.
+    """
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {value.dtype}")
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-dim tensor, got {list(value.shape)}")
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        number = float(value.detach())
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = float(value)
+    else:
+        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
+    if not 0.0 < number < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {number}")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_integers(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise unless ``value`` is an int64 or int32 tensor of that shape on that device."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int64 or int32 tensor, got {kind}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} with the operands, got {value.device}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+
+
+def check_thresholds(value: Tensor, rows: int, device: torch.device) -> None:
+    """Raise unless ``value`` is a floating-point tensor [rows] on that device."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"threshold must be a floating-point tensor, got {kind}")
+    if value.shape != (rows,):
+        raise ValueError(f"threshold must have shape [{rows}], got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"threshold must be on {device} with the operands, got {value.device}")
+
+
+def check_indices(
+    name: str, value: Tensor, rows: Tensor, lowest: int, count: int, meaning: str
+) -> Tensor:
+    """Return ``value`` as int64 [M], or raise if it is not a valid index for every row.
+
+    The range is checked on CPU only: on a GPU that would wait for the device.
+    """
+    check_integers(name, value, (rows.shape[0],), rows.device)
+    if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
+        least, most = int(value.min()), int(value.max())
+        if least < lowest or most >= count:
+            raise ValueError(
+                f"{name} must lie in {lowest}..{count - 1} ({meaning}), got {least}..{most}"
+            )
+    return value.to(torch.int64)

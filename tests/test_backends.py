@@ -1,0 +1,99 @@
+"""The backend table: choice, reasons, and the doctor's report."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from variants import variants
+
+import fastcontrast
+from fastcontrast import backends
+from fastcontrast.backends import native
+from fastcontrast.doctor import report
+
+
+def test_the_fastest_that_can_run_is_taken() -> None:
+    can = [
+        b
+        for b in backends.BACKENDS
+        if backends.why_not(b, "distance_softmax", torch.empty(0)) is None
+    ]
+    assert fastcontrast.available_backends() == tuple(can)
+    assert backends.resolve("distance_softmax", torch.empty(0)) == can[0]
+    assert can[-1] == "reference"
+
+
+def test_a_named_backend_runs_or_says_why_not() -> None:
+    meta = torch.empty(0, device="meta")
+    reason = backends.why_not("native", "distance_softmax", meta)
+    assert reason is not None
+    with pytest.raises(RuntimeError, match=r"backend 'native' cannot run distance_softmax here: "):
+        backends.resolve("distance_softmax", meta, "native")
+    assert backends.resolve("distance_softmax", meta) == "reference"
+    with pytest.raises(
+        ValueError, match="backend must be None or one of native, reference, got 'cpp'"
+    ):
+        backends.resolve("distance_softmax", meta, "cpp")
+    with pytest.raises(ValueError, match="op must be one of distance_softmax, extract_patches"):
+        fastcontrast.available_backends("distances")
+
+
+def test_an_error_in_a_backend_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fall-back on an exception: the user would get another result's speed without a word."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("kernel failed")
+
+    first = backends.resolve("distance_softmax", torch.empty(0))
+    monkeypatch.setattr(backends.BACKENDS[first], "distance_softmax_forward", broken)
+    with pytest.raises(RuntimeError, match="kernel failed"):
+        fastcontrast.info_nce_loss(torch.randn(3, 2), torch.randn(3, 2))
+
+
+def test_a_missing_native_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "IMPORT_PROBLEM", "fastcontrast._C is not built (no compiler)")
+    monkeypatch.setattr(native, "_C", None)
+    assert fastcontrast.available_backends() == ("reference",)
+    loss = fastcontrast.info_nce_loss(torch.zeros(2, 2), torch.zeros(2, 2))
+    assert loss.item() == pytest.approx(0.6931, abs=1e-4)
+    text = report()
+    assert "fastcontrast._C is not built (no compiler)" in text
+    assert "distance_softmax on cpu: reference" in text
+
+
+def test_every_entry_exists_in_every_backend() -> None:
+    entries = {
+        "distance_softmax": ("distance_softmax_forward", "distance_softmax_backward"),
+        "extract_patches": (
+            "sample_coords", "first_invalid_box", "extract_patches_forward",
+            "extract_patches_backward",
+        ),
+    }  # fmt: skip
+    assert tuple(entries) == backends.OPS
+    for op, functions in entries.items():
+        for name, module in backends.BACKENDS.items():
+            if backends.why_not(name, op, torch.empty(0)) is None:
+                assert all(callable(getattr(module, f)) for f in functions), (name, op)
+
+
+def test_the_tests_cover_every_backend() -> None:
+    for op in backends.OPS:
+        assert {v.backend for v in variants(op)} == set(backends.BACKENDS)
+
+
+def test_the_report_names_what_runs() -> None:
+    text = report()
+    assert f"torch        {torch.__version__}" in text
+    for op in backends.OPS:
+        runs = backends.resolve(op, torch.empty(0))
+        assert f"{op} on cpu: {runs}" in text
+
+
+@pytest.mark.skipif(native.IMPORT_PROBLEM is not None, reason=str(native.IMPORT_PROBLEM))
+def test_an_instruction_set_that_is_missing_is_refused() -> None:
+    module = importlib.import_module("fastcontrast._C")
+    with pytest.raises(ValueError, match="'sse9' is none of portable, avx2, avx512"):
+        module.set_active_isa("sse9")
+    assert module.active_isa() == native.build_info()["detected_isa"]
