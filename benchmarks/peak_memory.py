@@ -1,6 +1,6 @@
 """Peak memory of one loss, forward and backward, each implementation in a process of its own.
 
-``python -m benchmarks.peak_memory --rows 16384 --dim 128`` prints a table; ``--json FILE`` keeps it.
+``python -m benchmarks.peak_memory --rows 16384`` prints a table; ``--json FILE`` keeps it.
 The peak is the resident memory above inputs and gradients, as Linux counts it.
 """
 
