@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -74,22 +75,43 @@ void distance_softmax_forward(const py::kwargs& a) {
 }
 
 template <typename T>
-void distance_softmax_backward(const py::kwargs& a) {
-  const cpu::Tile<T> tile = tile_from<T>(a);
+cpu::TileGradient<T> tile_gradient_from(const py::kwargs& a) {
   cpu::TileGradient<T> grad;
-  grad.lse = at<const T>(a["lse"].cast<Address>());
-  grad.lse_residual = at<const T>(a["lse_residual"].cast<Address>());
-  grad.entropy = at<const T>(a["entropy"].cast<Address>());
-  grad.grad_lse = at<const T>(a["grad_lse"].cast<Address>());
-  grad.grad_entropy = at<const T>(a["grad_entropy"].cast<Address>());
-  grad.grad_sum = at<const T>(a["grad_sum"].cast<Address>());
   grad.row_sum = at<double>(a["row_sum"].cast<Address>());
   grad.column_sum = at<double>(a["column_sum"].cast<Address>());
   grad.score_product = at<double>(a["score_product"].cast<Address>());
   grad.grad_x = at<T>(a["grad_x"].cast<Address>());
   grad.grad_y = at<T>(a["grad_y"].cast<Address>());
+  return grad;
+}
+
+template <typename T>
+void distance_softmax_backward(const py::kwargs& a) {
+  const cpu::Tile<T> tile = tile_from<T>(a);
+  const cpu::TileGradient<T> grad = tile_gradient_from<T>(a);
+  cpu::RowGradients<T> rows;
+  rows.lse = at<const T>(a["lse"].cast<Address>());
+  rows.lse_residual = at<const T>(a["lse_residual"].cast<Address>());
+  rows.entropy = at<const T>(a["entropy"].cast<Address>());
+  rows.grad_lse = at<const T>(a["grad_lse"].cast<Address>());
+  rows.grad_entropy = at<const T>(a["grad_entropy"].cast<Address>());
+  rows.grad_sum = at<const T>(a["grad_sum"].cast<Address>());
   py::gil_scoped_release release;
-  FASTCONTRAST_DISPATCH(distance_softmax_backward, tile, grad);
+  if (!FASTCONTRAST_DISPATCH(distance_softmax_backward, tile, rows, grad)) throw std::bad_alloc();
+}
+
+template <typename T>
+void softmax_loss(const py::kwargs& a) {
+  const cpu::Tile<T> tile = tile_from<T>(a);
+  const cpu::TileGradient<T> grad = tile_gradient_from<T>(a);
+  cpu::RowLoss<T> rows;
+  rows.positive_score = at<const T>(a["positive_score"].cast<Address>());
+  rows.cross_entropy_weight = at<const T>(a["cross_entropy_weight"].cast<Address>());
+  rows.entropy_weight = at<const T>(a["entropy_weight"].cast<Address>());
+  rows.loss = at<T>(a["loss"].cast<Address>());
+  rows.grad_positive = at<T>(a["grad_positive"].cast<Address>());
+  py::gil_scoped_release release;
+  if (!FASTCONTRAST_DISPATCH(softmax_loss, tile, rows, grad)) throw std::bad_alloc();
 }
 
 // Boxes, sizes and the channels' affine map, from the keyword arguments that forward and backward
@@ -234,6 +256,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("distance_softmax_forward_float64", &distance_softmax_forward<double>);
   m.def("distance_softmax_backward_float32", &distance_softmax_backward<float>);
   m.def("distance_softmax_backward_float64", &distance_softmax_backward<double>);
+  m.def("softmax_loss_float32", &softmax_loss<float>);
+  m.def("softmax_loss_float64", &softmax_loss<double>);
   m.def("extract_patches_forward", &extract_patches_forward);
   m.def("extract_patches_backward", &extract_patches_backward);
   m.def("sample_coords", &sample_coords);

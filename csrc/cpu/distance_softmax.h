@@ -49,13 +49,26 @@ struct RowStatistics {
 };
 
 template <typename T>
-struct TileGradient {
+struct RowGradients {
   const T* lse;           // [rows]
   const T* lse_residual;  // [rows]
   const T* entropy;       // [rows]
   const T* grad_lse;      // [rows], or null
   const T* grad_entropy;  // [rows], or null
   const T* grad_sum;      // [rows], or null
+};
+
+template <typename T>
+struct RowLoss {
+  const T* positive_score;        // [rows]
+  const T* cross_entropy_weight;  // [rows], or null for 0
+  const T* entropy_weight;        // [rows], or null for 0
+  T* loss;                        // [rows]
+  T* grad_positive;               // [rows]
+};
+
+template <typename T>
+struct TileGradient {
   double* row_sum;        // [rows], += Σ_j w_ij
   double* column_sum;     // [columns], += Σ_i w_ij
   double* score_product;  // [rows], += Σ_j ∂L/∂s_ij · s_ij, the gradient of log(scale)
@@ -68,10 +81,18 @@ FASTCONTRAST_DECLARE(void distance_softmax_forward(const Tile<float>&, const Row
 FASTCONTRAST_DECLARE(void distance_softmax_forward(const Tile<double>&,
                                                    const RowStatistics<double>&))
 
-// Overwrites the tile with the pair weights w_ij of common/scores.h.
-FASTCONTRAST_DECLARE(void distance_softmax_backward(const Tile<float>&, const TileGradient<float>&))
-FASTCONTRAST_DECLARE(void distance_softmax_backward(const Tile<double>&,
+// Overwrites the tile with the pair weights w_ij of common/scores.h. False when out of memory.
+FASTCONTRAST_DECLARE(bool distance_softmax_backward(const Tile<float>&, const RowGradients<float>&,
+                                                    const TileGradient<float>&))
+FASTCONTRAST_DECLARE(bool distance_softmax_backward(const Tile<double>&,
+                                                    const RowGradients<double>&,
                                                     const TileGradient<double>&))
+
+// Loss and pair weights at once, for a tile that holds all columns. False when out of memory.
+FASTCONTRAST_DECLARE(bool softmax_loss(const Tile<float>&, const RowLoss<float>&,
+                                       const TileGradient<float>&))
+FASTCONTRAST_DECLARE(bool softmax_loss(const Tile<double>&, const RowLoss<double>&,
+                                       const TileGradient<double>&))
 
 }  // namespace cpu
 }  // namespace fastcontrast

@@ -1,0 +1,90 @@
+// Pairs nearer than the Gram identity can tell (NEAR_MULTIPLE in common/scores.h): their gradient
+// is added directly, because w(x-y) taken as the difference of two large products would lose it.
+// Included by kernel files only, like score_rows.h.
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "cpu/distance_softmax.h"
+
+namespace fastcontrast {
+namespace cpu {
+namespace FASTCONTRAST_ISA {
+namespace {
+
+// Rows (and columns) are dealt to threads in `threads` contiguous runs, so that run r comes before
+// run r+1.
+FC_INLINE int64_t run_begin(int64_t rows, int run, int runs) { return rows * run / runs; }
+
+// A pair taken out of the GEMM: it adds weight·(x_row - y_column) to the gradients directly.
+template <typename T>
+struct NearPair {
+  int64_t row, column;
+  T weight;
+};
+
+// Growable list; a plain one, because std::vector must not be instantiated here (cpu/isa.h).
+template <typename T>
+struct NearPairs {
+  NearPair<T>* items;
+  int64_t size, capacity;
+};
+template <typename T>
+bool append(NearPairs<T>* list, NearPair<T> pair) {
+  if (list->size == list->capacity) {
+    const int64_t capacity = list->capacity ? 2 * list->capacity : 64;
+    void* grown = realloc(list->items, (size_t)capacity * sizeof(NearPair<T>));
+    if (!grown) return false;
+    list->items = (NearPair<T>*)grown;
+    list->capacity = capacity;
+  }
+  list->items[list->size++] = pair;
+  return true;
+}
+
+template <typename T>
+FC_INLINE void add_difference(const Tile<T>& tile, const NearPair<T>& pair, T weight, T* target) {
+  const T* x = tile.x + pair.row * tile.dim;
+  const T* y = tile.y + pair.column * tile.dim;
+#pragma omp simd
+  for (int64_t d = 0; d < tile.dim; ++d) target[d] += weight * (x[d] - y[d]);
+}
+
+// Row gradients: list l owns its rows. Column gradients: a thread owns columns and reads all lists,
+// which are in the order of rows. One writer per gradient row, always in the same order.
+template <typename T>
+void add_near_pairs(const Tile<T>& tile, const TileGradient<T>& grad, const NearPairs<T>* lists,
+                    int runs) {
+  int64_t total = 0;
+  for (int run = 0; run < runs; ++run) total += lists[run].size;
+  if (total == 0) return;
+#pragma omp parallel for num_threads(runs) if (runs > 1) schedule(static)
+  for (int run = 0; run < runs; ++run) {
+    if (grad.grad_x) {
+      for (int64_t k = 0; k < lists[run].size; ++k) {
+        const NearPair<T> pair = lists[run].items[k];
+        add_difference(tile, pair, -pair.weight, grad.grad_x + pair.row * tile.dim);
+      }
+    }
+  }
+#pragma omp parallel for num_threads(runs) if (runs > 1) schedule(static)
+  for (int run = 0; run < runs; ++run) {
+    if (grad.grad_y) {
+      const int64_t begin = run_begin(tile.columns, run, runs);
+      const int64_t end = run_begin(tile.columns, run + 1, runs);
+      for (int l = 0; l < runs; ++l) {
+        for (int64_t k = 0; k < lists[l].size; ++k) {
+          const NearPair<T> pair = lists[l].items[k];
+          if (pair.column < begin || pair.column >= end) continue;
+          add_difference(tile, pair, pair.weight, grad.grad_y + pair.column * tile.dim);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FASTCONTRAST_ISA
+}  // namespace cpu
+}  // namespace fastcontrast

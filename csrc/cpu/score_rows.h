@@ -1,0 +1,140 @@
+// Scores of one row of a tile, in place of its dot products. Included by kernel files only: all of
+// it lives in the namespace of one instruction set.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "common/scores.h"
+#include "cpu/distance_softmax.h"
+
+namespace fastcontrast {
+namespace cpu {
+namespace FASTCONTRAST_ISA {
+namespace {
+
+template <typename T>
+FC_INLINE T direct_squared_distance(const T* x, const T* y, int64_t dim) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < dim; ++k) {
+    const T difference = x[k] - y[k];
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+// Scores of columns [begin, end) of one row, in place. Returns whether a near pair was seen.
+template <Metric metric, bool masked, typename T>
+FC_INLINE bool score_span(const Tile<T>& tile, int64_t row, int64_t begin, int64_t end) {
+  T* t = tile.values + row * tile.columns;
+  const T scale2 = tile.scale * T(LOG2_E);
+  const T xs = metric == Metric::dot ? T(0) : tile.x_sqnorm[row];
+  const T* ys = tile.y_sqnorm;
+  const int32_t* ids = tile.column_ids;
+  const int32_t row_id = masked ? tile.row_ids[row] : 0;
+  const int same = tile.keep == Keep::same;
+  const T fraction = near_fraction(T(0));
+  int near = 0;
+#pragma omp simd reduction(| : near)
+  for (int64_t j = begin; j < end; ++j) {
+    T value = t[j];
+    int close = 0;
+    if (metric != Metric::dot) {
+      const T norms = xs + ys[j];
+      value = squared_distance(value, xs, ys[j]);
+      close = value < fraction * norms ? 1 : 0;
+    }
+    T score = score_log2<metric>(value, scale2);
+    if (masked) {
+      const int counts = (ids[j] == row_id) == same;
+      score = counts ? score : T(-INFINITY);
+      close = counts ? close : 0;
+    }
+    t[j] = score;
+    near |= close;
+  }
+  return near != 0;
+}
+
+template <Metric metric, typename T>
+FC_INLINE bool is_near(const Tile<T>& tile, int64_t row, int64_t column, T t) {
+  if (metric == Metric::dot || t == T(-INFINITY)) return false;
+  const T d2 = squared_distance_from_score<metric>(t, tile.scale * T(LOG2_E));
+  return d2 < near_fraction(T(0)) * (tile.x_sqnorm[row] + tile.y_sqnorm[column]) || t == T(0);
+}
+
+template <Metric metric, typename T>
+void refine_span(const Tile<T>& tile, int64_t row, int64_t begin, int64_t end, uint8_t* near) {
+  T* t = tile.values + row * tile.columns;
+  for (int64_t j = begin; j < end; ++j) {
+    const bool close = is_near<metric>(tile, row, j, t[j]);
+    if (near) near[j] = close;
+    if (close) {
+      const T d2 =
+          direct_squared_distance(tile.x + row * tile.dim, tile.y + j * tile.dim, tile.dim);
+      t[j] = score_log2<metric>(d2, tile.scale * T(LOG2_E));
+    }
+  }
+}
+
+// The excluded columns of a row that fall in the tile, in ascending order, without repeats.
+struct Gaps {
+  int64_t column[2];
+  int count;
+};
+template <typename T>
+FC_INLINE Gaps gaps_of_row(const Tile<T>& tile, int64_t row) {
+  Gaps gaps{{0, 0}, 0};
+  for (int64_t e = 0; e < tile.exclude_count; ++e) {
+    const int64_t column = tile.exclude[row * tile.exclude_count + e] - tile.first_column;
+    if (column < 0 || column >= tile.columns) continue;
+    if (gaps.count == 1 && gaps.column[0] == column) continue;
+    gaps.column[gaps.count++] = column;
+  }
+  if (gaps.count == 2 && gaps.column[1] < gaps.column[0]) {
+    const int64_t first = gaps.column[1];
+    gaps.column[1] = gaps.column[0];
+    gaps.column[0] = first;
+  }
+  return gaps;
+}
+
+// All scores of a row, excluded columns at -inf. `near` (or null): flags of near pairs, valid where
+// the return value is true.
+template <Metric metric, bool masked, typename T>
+FC_INLINE bool score_row(const Tile<T>& tile, int64_t row, uint8_t* near) {
+  const Gaps gaps = gaps_of_row(tile, row);
+  bool any = false;
+  int64_t begin = 0;
+  for (int g = 0; g <= gaps.count; ++g) {
+    const int64_t end = g < gaps.count ? gaps.column[g] : tile.columns;
+    if (score_span<metric, masked>(tile, row, begin, end)) {
+      if (near && !any) memset(near, 0, (size_t)tile.columns);
+      any = true;
+      refine_span<metric>(tile, row, begin, end, near);
+    }
+    if (g < gaps.count) tile.values[row * tile.columns + end] = T(-INFINITY);
+    begin = end + 1;
+  }
+  return any;
+}
+
+template <bool masked, typename T>
+int64_t counted_columns(const Tile<T>& tile, int64_t row) {
+  const Gaps gaps = gaps_of_row(tile, row);
+  int64_t count = tile.columns - gaps.count;
+  if (!masked) return count;
+  const bool same = tile.keep == Keep::same;
+  for (int64_t j = 0; j < tile.columns; ++j) {
+    const bool gap =
+        (gaps.count > 0 && gaps.column[0] == j) || (gaps.count > 1 && gaps.column[1] == j);
+    count -= !gap && (tile.column_ids[j] == tile.row_ids[row]) != same;
+  }
+  return count;
+}
+
+}  // namespace
+}  // namespace FASTCONTRAST_ISA
+}  // namespace cpu
+}  // namespace fastcontrast
