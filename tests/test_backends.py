@@ -65,7 +65,9 @@ def test_a_missing_native_module_is_explained(monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_entry_exists_in_every_backend() -> None:
     entries = {
-        "distance_softmax": ("distance_softmax_forward", "distance_softmax_backward"),
+        "distance_softmax": (
+            "distance_softmax_forward", "distance_softmax_backward", "softmax_loss",
+        ),
         "extract_patches": (
             "sample_coords", "first_invalid_box", "extract_patches_forward",
             "extract_patches_backward",

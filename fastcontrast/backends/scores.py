@@ -80,6 +80,33 @@ class RowGradients(NamedTuple):
     score_sum: Tensor | None
 
 
+class LossRows(NamedTuple):
+    """Rows of ``Σ_i a_i softplus(lse_i - positive_i) + b_i entropy_i``.
+
+    Attributes:
+        positive_score: Score of each row's positive [M], which its columns leave out.
+        cross_entropy_weight: a [M], or None for 0.
+        entropy_weight: b [M], or None for 0.
+    """
+
+    positive_score: Tensor
+    cross_entropy_weight: Tensor | None
+    entropy_weight: Tensor | None
+
+
+class LossGradients(NamedTuple):
+    """The loss of every row [M], and the gradients of its sum; empty where not needed.
+
+    In the accumulator dtype, also for half inputs.
+    """
+
+    loss: Tensor
+    positive_score: Tensor
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else: dtype of sums, statistics and losses."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.losses.reduction import REDUCTIONS, reduce, softplus
-from fastcontrast.ops.checks import check_choice, check_indices, check_operands, check_scale
+from fastcontrast.losses.reduction import REDUCTIONS, softplus
+from fastcontrast.ops.checks import (
+    METRICS,
+    check_choice,
+    check_indices,
+    check_operands,
+    check_scale,
+)
 from fastcontrast.ops.distance_softmax import distance_softmax, normalized
 from fastcontrast.ops.pairs import paired_scores
+from fastcontrast.ops.softmax_loss import softmax_loss
 
 
 def info_nce_loss(
@@ -66,6 +73,7 @@ def info_nce_loss(
         tensor([0.1269, 0.1269])
     """
     check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("metric", metric, METRICS)
     check_scale("temperature", temperature)
     check_operands("query", query, "key", key)
     m, n = query.shape[0], key.shape[0]
@@ -81,11 +89,20 @@ def info_nce_loss(
         target = check_indices("target", target, query, 0, n, "a key's index")
         positives = key[target]
     scale = 1.0 / temperature
-    others = distance_softmax(
-        query, key, metric=metric, scale=scale, exclude=target, precision=precision, backend=backend
-    )
+    options = {"metric": metric, "scale": scale, "exclude": target}
+    options |= {"precision": precision, "backend": backend}
     positive_score = paired_scores(query, positives, metric=metric, scale=scale)
-    return reduce(softplus(others.lse - positive_score), reduction)
+    if reduction == "none":
+        return softplus(distance_softmax(query, key, **options).lse - positive_score)
+    weight = 1.0 / max(1, m) if reduction == "mean" else 1.0
+    return softmax_loss(
+        query,
+        key,
+        positive_score=positive_score,
+        cross_entropy_weight=torch.full_like(positive_score, weight, requires_grad=False),
+        entropy_weight=None,
+        **options,
+    )
 
 
 class InfoNCELoss(nn.Module):

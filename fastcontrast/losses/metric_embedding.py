@@ -9,6 +9,7 @@ from fastcontrast.losses.reduction import REDUCTIONS, softplus
 from fastcontrast.ops.checks import check_choice, check_indices, check_operands, check_scale
 from fastcontrast.ops.distance_softmax import distance_softmax
 from fastcontrast.ops.pairs import paired_scores
+from fastcontrast.ops.softmax_loss import softmax_loss
 
 
 def metric_embedding_loss(
@@ -72,29 +73,30 @@ def metric_embedding_loss(
         raise ValueError("anchors must hold at least one class, got shape [0, D]")
     targets = check_indices("targets", targets, embeddings, -1, classes, "-1 = unlabelled")
     metric, scale = "sqeuclidean" if squared else "l2", 1.0 / temperature
-
-    # -1 excludes nothing, so one pass serves both kinds of row.
-    rows = distance_softmax(
-        embeddings,
-        anchors,
-        metric=metric,
-        scale=scale,
-        exclude=targets,
-        precision=precision,
-        backend=backend,
-    )
     own = anchors[targets.clamp(min=0)]
     own_score = paired_scores(embeddings, own, metric=metric, scale=scale)
+    # -1 excludes nothing, so one pass serves both kinds of row.
+    options = {"metric": metric, "scale": scale, "exclude": targets}
+    options |= {"precision": precision, "backend": backend}
     labelled = targets >= 0
-    cross_entropy = torch.where(labelled, softplus(rows.lse - own_score), 0.0)
-    entropy = unlabelled_weight * torch.where(labelled, 0.0, rows.entropy)
     if reduction == "none":
-        return cross_entropy + entropy
-    if reduction == "sum":
-        return (cross_entropy + entropy).sum()
-    count = labelled.sum()
-    unlabelled = (targets.shape[0] - count).clamp(min=1)
-    return cross_entropy.sum() / count.clamp(min=1) + entropy.sum() / unlabelled
+        rows = distance_softmax(embeddings, anchors, **options)
+        cross_entropy = torch.where(labelled, softplus(rows.lse - own_score), 0.0)
+        return cross_entropy + unlabelled_weight * torch.where(labelled, 0.0, rows.entropy)
+    weight = labelled.to(own_score.dtype)
+    rest = unlabelled_weight * (1.0 - weight)
+    if reduction == "mean":
+        count = labelled.sum()
+        weight = weight / count.clamp(min=1)
+        rest = rest / (targets.shape[0] - count).clamp(min=1)
+    return softmax_loss(
+        embeddings,
+        anchors,
+        positive_score=own_score,
+        cross_entropy_weight=weight,
+        entropy_weight=rest,
+        **options,
+    )
 
 
 class MetricEmbeddingLoss(nn.Module):

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastcontrast.backends.scores import METRICS as backend_metrics
+
+METRICS = (*backend_metrics, "cosine")  # what users may ask for; backends see cosine as dot
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -20,7 +20,6 @@ from fastcontrast import backends
 from fastcontrast.backends.reference.distance_softmax import differentiable_statistics
 from fastcontrast.backends.scores import (
     KEEPS,
-    METRICS,
     PRECISIONS,
     RowGradients,
     Scores,
@@ -28,6 +27,7 @@ from fastcontrast.backends.scores import (
     empty_statistics,
 )
 from fastcontrast.ops.checks import (
+    METRICS,
     check_choice,
     check_integers,
     check_operands,
@@ -123,7 +123,7 @@ def distance_softmax(
     check_operands("x", x, "y", y)
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = x.to(dtype), y.to(dtype)
-    check_choice("metric", metric, (*METRICS, "cosine"))
+    check_choice("metric", metric, METRICS)
     check_choice("keep", keep, KEEPS)
     check_choice("precision", precision, ("auto", *PRECISIONS))
     m, n = x.shape[0], y.shape[0]

@@ -52,6 +52,7 @@ if _C is not None:
     from fastcontrast.backends.native.distance_softmax import (  # noqa: F401 (the table's entries)
         distance_softmax_backward,
         distance_softmax_forward,
+        softmax_loss,
     )
     from fastcontrast.backends.native.extract_patches import (  # noqa: F401
         extract_patches_backward,

@@ -1,7 +1,8 @@
 """`distance_softmax` on CPU: GEMMs of tiles by torch, one C++ pass over each tile while it is warm.
 
 The pass is csrc/cpu/distance_softmax.cpp. The M×N matrix exists one tile at a time, so memory is
-O((M+N)·D). The backward pass computes the tiles anew (8MND operations in all).
+O((M+N)·D). The backward pass computes the tiles anew (8MND operations in all); `softmax_loss`, with
+one number as upstream gradient, takes the gradients while the scores are there (6MND).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from fastcontrast import _C
 from fastcontrast.backends.scores import (
     KEEPS,
     METRICS,
+    LossGradients,
+    LossRows,
     RowGradients,
     Scores,
     Statistics,
@@ -29,6 +32,8 @@ from fastcontrast.backends.scores import (
 # are enough for the GEMMs W·Y and Wᵀ·X to run at full speed.
 TILE_ROWS = 512
 TILE_COLUMNS = 2048
+# Scores of a block of rows in `softmax_loss`, 16 MiB in float32.
+LOSS_BLOCK = 1 << 22
 # Waking the other threads costs some microseconds: the C++ pass over this many scores.
 ELEMENTS_PER_THREAD = 1 << 13
 
@@ -113,19 +118,94 @@ def distance_softmax_backward(
                 wy[rows].addmm_(weights, operands.y[columns])
             if needs[1]:
                 wx[columns].addmm_(weights.T, operands.x[rows])
-    if scores.metric != "dot":
-        if needs[0]:
-            wy = torch.addcmul(-wy, operands.x, row_sum.to(dtype)[:, None])
-        if needs[1]:
-            wx = torch.addcmul(-wx, operands.y, column_sum.to(dtype)[:, None])
+    wy, wx = _from_products(operands, scores, wy, wx, row_sum, column_sum, needs)
     dscale = score_product.sum() / float(scores.scale) if needs[2] else score_product.new_empty(0)
     return wy.to(x.dtype), wx.to(y.dtype), dscale.to(dtype)
+
+
+def softmax_loss(
+    x: Tensor,
+    y: Tensor,
+    scores: Scores,
+    rows: LossRows,
+    needs: tuple[bool, bool, bool],
+) -> LossGradients:
+    """Loss of every row and all gradients in one pass: 6MND operations, scores computed once.
+
+    A block of rows holds all its columns, LOSS_BLOCK scores or 64 rows, whichever is more.
+    """
+    dtype = accumulator_dtype(x.dtype)
+    (m, dim), n = x.shape, y.shape[0]
+    block = max(64, min(TILE_ROWS, LOSS_BLOCK // max(1, n)))
+    operands = _Operands(x, y, scores, dtype, tile=(block, max(1, n)))
+    wy = x.new_empty((m, dim) if needs[0] else (0,), dtype=dtype)
+    wx = y.new_zeros((n, dim) if needs[1] else (0,), dtype=dtype)
+    near_x = x.new_zeros((min(m, block), dim) if needs[0] else (0,), dtype=dtype)
+    row_sum, score_product = torch.zeros(2, m, dtype=torch.float64)
+    column_sum = torch.zeros(n, dtype=torch.float64)
+    loss, grad_positive = x.new_empty(m, dtype=dtype), x.new_empty(m, dtype=dtype)
+    positive, ce_weight, entropy_weight = (
+        None if value is None else value.detach().to(dtype).contiguous() for value in rows
+    )
+    entry = getattr(_C, f"softmax_loss_{operands.suffix}")
+    with _ieee_products():
+        for span, _, tile in operands.tiles():
+            entry(
+                **tile,
+                positive_score=_address(positive, span),
+                cross_entropy_weight=_address(ce_weight, span),
+                entropy_weight=_address(entropy_weight, span),
+                loss=_address(loss, span),
+                grad_positive=_address(grad_positive, span),
+                row_sum=_address(row_sum, span),
+                column_sum=column_sum.data_ptr(),
+                score_product=_address(score_product, span),
+                grad_x=near_x.data_ptr() if needs[0] else 0,
+                grad_y=wx.data_ptr() if needs[1] else 0,
+            )
+            weights = operands.tile_values(span, slice(0, n))
+            if needs[0]:
+                part = near_x[: span.stop - span.start]
+                torch.addmm(part, weights, operands.y, out=wy[span])
+                part.zero_()
+            if needs[1]:
+                wx.addmm_(weights.T, operands.x[span])
+    dx, dy = _from_products(operands, scores, wy, wx, row_sum, column_sum, needs)
+    dscale = score_product.sum() / float(scores.scale) if needs[2] else score_product.new_empty(0)
+    return LossGradients(loss, grad_positive, dx, dy, dscale.to(dtype))
+
+
+def _from_products(
+    operands: _Operands,
+    scores: Scores,
+    wy: Tensor,
+    wx: Tensor,
+    row_sum: Tensor,
+    column_sum: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both sides from W·Y and Wᵀ·X: ``x Σ w - W·Y`` for distances."""
+    if scores.metric == "dot":
+        return wy, wx
+    if needs[0]:
+        wy = torch.addcmul(wy.neg_(), operands.x, row_sum.to(wy.dtype)[:, None], out=wy)
+    if needs[1]:
+        wx = torch.addcmul(wx.neg_(), operands.y, column_sum.to(wx.dtype)[:, None], out=wx)
+    return wy, wx
 
 
 class _Operands:
     """Operands of the products, and what the C++ pass needs to know of each tile."""
 
-    def __init__(self, x: Tensor, y: Tensor, scores: Scores, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scores: Scores,
+        dtype: torch.dtype,
+        tile: tuple[int, int] | None = None,
+    ) -> None:
+        self.tile_rows, self.tile_columns = tile or (TILE_ROWS, TILE_COLUMNS)
         self.given_x = x.detach().to(dtype).contiguous()
         self.given_y = y.detach().to(dtype).contiguous()
         self.x, self.y = self.given_x, self.given_y
@@ -147,7 +227,7 @@ class _Operands:
             "dim": x.shape[1],
             "exclude_count": 0 if self.exclude is None else self.exclude.shape[1],
         }
-        size = min(x.shape[0], TILE_ROWS) * min(y.shape[0], TILE_COLUMNS)
+        size = min(x.shape[0], self.tile_rows) * min(y.shape[0], self.tile_columns)
         self.buffer = self.x.new_empty(size)
 
     def tile_values(self, rows: slice, columns: slice) -> Tensor:
@@ -158,10 +238,10 @@ class _Operands:
         """Every tile with its dot products computed, row blocks outermost."""
         m, n = self.x.shape[0], self.y.shape[0]
         threads = torch.get_num_threads()
-        for row in range(0, m, TILE_ROWS):
-            rows = slice(row, min(row + TILE_ROWS, m))
-            for column in range(0, n, TILE_COLUMNS):
-                columns = slice(column, min(column + TILE_COLUMNS, n))
+        for row in range(0, m, self.tile_rows):
+            rows = slice(row, min(row + self.tile_rows, m))
+            for column in range(0, n, self.tile_columns):
+                columns = slice(column, min(column + self.tile_columns, n))
                 values = self.tile_values(rows, columns)
                 torch.mm(self.x[rows], self.y[columns].T, out=values)
                 yield (

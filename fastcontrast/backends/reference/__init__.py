@@ -11,6 +11,7 @@ from torch import Tensor
 from fastcontrast.backends.reference.distance_softmax import (
     distance_softmax_backward,
     distance_softmax_forward,
+    softmax_loss,
 )
 from fastcontrast.backends.reference.extract_patches import (
     extract_patches_backward,
@@ -26,6 +27,7 @@ __all__ = [
     "extract_patches_forward",
     "first_invalid_box",
     "sample_coords",
+    "softmax_loss",
     "why_not",
 ]
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastcontrast.backends.scores import (
+    LossGradients,
+    LossRows,
     RowGradients,
     Scores,
     Statistics,
@@ -77,6 +80,37 @@ def distance_softmax_backward(
         if needs[1]:
             dy += db
     return dx.to(x.dtype), dy.to(y.dtype), dscale
+
+
+def softmax_loss(
+    x: Tensor, y: Tensor, scores: Scores, rows: LossRows, needs: tuple[bool, bool, bool]
+) -> LossGradients:
+    """Loss of every row and all gradients of their sum, by the two passes above."""
+    dtype = accumulator_dtype(x.dtype)
+    x, y = x.to(dtype), y.to(dtype)
+    statistics = distance_softmax_forward(x, y, scores, None, False)
+    a = rows.cross_entropy_weight
+    grad_lse = torch.zeros_like(statistics.lse)
+    if a is not None:
+        share = torch.sigmoid(statistics.lse - rows.positive_score)
+        grad_lse = torch.where(a == 0, 0.0, a * share)
+    gradients = distance_softmax_backward(
+        x, y, scores, statistics[:3], RowGradients(grad_lse, rows.entropy_weight, None), needs
+    )
+    loss = row_losses(statistics.lse, statistics.entropy, rows)
+    return LossGradients(loss, -grad_lse, *gradients)
+
+
+def row_losses(lse: Tensor, entropy: Tensor, rows: LossRows) -> Tensor:
+    """``a softplus(lse - positive) + b entropy`` of every row [M]; a term of weight 0 is 0."""
+    loss = torch.zeros_like(lse)
+    positive, a, b = rows
+    if a is not None:
+        # F.softplus cuts off where its argument dwarfs 1; at 50 that is exact in float64.
+        loss = loss + torch.where(a == 0, 0.0, a * F.softplus(lse - positive, threshold=50.0))
+    if b is not None:
+        loss = loss + torch.where(b == 0, 0.0, b * entropy)
+    return loss
 
 
 def differentiable_statistics(
