@@ -68,7 +68,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else \
 	  "fastcontrast wants Python 3.10 or newer, this is %d.%d; try: make PYTHON=python3.12 ..." \
 	  % sys.version_info[:2])'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # pip hides what a build prints, so what is missing is said here.
 define install
