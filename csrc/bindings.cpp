@@ -101,15 +101,21 @@ void distance_softmax_backward(const py::kwargs& a) {
 }
 
 template <typename T>
+void center_rows(Address x, Address mean, std::int64_t rows, std::int64_t dim, int threads,
+                 Address out, Address sqnorm) {
+  py::gil_scoped_release release;
+  FASTCONTRAST_DISPATCH(center_rows, at<const T>(x), at<const T>(mean), rows, dim, threads,
+                        at<T>(out), at<T>(sqnorm));
+}
+
+template <typename T>
 void softmax_loss(const py::kwargs& a) {
   const cpu::Tile<T> tile = tile_from<T>(a);
   const cpu::TileGradient<T> grad = tile_gradient_from<T>(a);
   cpu::RowLoss<T> rows;
-  rows.positive_score = at<const T>(a["positive_score"].cast<Address>());
   rows.cross_entropy_weight = at<const T>(a["cross_entropy_weight"].cast<Address>());
   rows.entropy_weight = at<const T>(a["entropy_weight"].cast<Address>());
   rows.loss = at<T>(a["loss"].cast<Address>());
-  rows.grad_positive = at<T>(a["grad_positive"].cast<Address>());
   py::gil_scoped_release release;
   if (!FASTCONTRAST_DISPATCH(softmax_loss, tile, rows, grad)) throw std::bad_alloc();
 }
@@ -256,6 +262,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("distance_softmax_forward_float64", &distance_softmax_forward<double>);
   m.def("distance_softmax_backward_float32", &distance_softmax_backward<float>);
   m.def("distance_softmax_backward_float64", &distance_softmax_backward<double>);
+  m.def("center_rows_float32", &center_rows<float>);
+  m.def("center_rows_float64", &center_rows<double>);
   m.def("softmax_loss_float32", &softmax_loss<float>);
   m.def("softmax_loss_float64", &softmax_loss<double>);
   m.def("extract_patches_forward", &extract_patches_forward);

@@ -2,8 +2,8 @@
 //
 // Scores are "higher is closer". They are kept in units of log2, t = s·log2(e), so that the softmax
 // needs exp2 alone:
-//   l2            s = -scale·‖x-y‖      ∂s/∂x = -scale/‖x-y‖ · (x-y)
-//   sqeuclidean   s = -scale·‖x-y‖²     ∂s/∂x = -2·scale · (x-y)
+//   l2            s = -scale·‖x-y‖      ∂s/∂x = scale/‖x-y‖ · (y-x)
+//   sqeuclidean   s = -scale·‖x-y‖²     ∂s/∂x = 2·scale · (y-x)
 //   dot           s =  scale·x·y        ∂s/∂x =  scale · y
 // (cosine is dot of normalised operands.)
 #pragma once
@@ -52,12 +52,12 @@ FC_INLINE T squared_distance_from_score(T t, T scale2) {
   return metric == Metric::l2 ? q * q : -q;
 }
 
-// Weight w of a pair, given g = ∂L/∂s: the pair adds w·(x-y) to ∂L/∂x (w·y for Metric::dot).
-// At coincident points the subgradient 0 is taken.
+// Weight c of a pair, given g = ∂L/∂s: for distances the pair adds c·(y-x) to ∂L/∂x and c·(x-y) to
+// ∂L/∂y, for Metric::dot c·y and c·x. At coincident points the subgradient 0 is taken.
 template <Metric metric, typename T>
 FC_INLINE T pair_weight(T g, T t, T scale, T scale2) {
-  if (metric == Metric::l2) return t == T(0) ? T(0) : scale * scale2 * g / t;  // -scale·g/d
-  if (metric == Metric::sqeuclidean) return T(-2) * scale * g;
+  if (metric == Metric::l2) return t == T(0) ? T(0) : -(scale * scale2) * g / t;  // scale·g/d
+  if (metric == Metric::sqeuclidean) return T(2) * scale * g;
   return scale * g;
 }
 

@@ -1,7 +1,7 @@
 // Maths: per row i of a tile, t_ij = s_ij·log2(e) from dot products (common/scores.h), then
 //   forward:  max, Σ 2^(t-max), Σ 2^(t-max)(t-max), on request Σ s and #{s > threshold};
 //   backward: p = 2^(t - lse2), g = p (g_lse - g_entropy (log p + entropy)) + g_sum,
-//             w = g ∂s/∂x / (x-y).
+//             pair weight c = g ∂s/∂x / (y-x), or g ∂s/∂x / y for Metric::dot.
 //   loss:     both at once for a tile that holds all columns of its rows, with
 //             g_lse = a σ(lse - positive), g_entropy = b of Σ a softplus(lse - positive) + b
 //             entropy.
@@ -180,7 +180,7 @@ void forward(const Tile<T>& tile, const RowStatistics<T>& out) {
 
 // Runs visit_row(row, near flags, list of near pairs) over all rows, then sums columns and applies
 // the near pairs. False when memory for the lists could not be had; nothing was computed then.
-template <typename T, typename Visit>
+template <Metric metric, typename T, typename Visit>
 bool weigh_rows(const Tile<T>& tile, const TileGradient<T>& grad, const Visit& visit_row) {
   const int runs = tile.threads > 1 ? tile.threads : 1;
   NearPairs<T>* lists = (NearPairs<T>*)calloc((size_t)runs, sizeof(NearPairs<T>));
@@ -195,7 +195,7 @@ bool weigh_rows(const Tile<T>& tile, const TileGradient<T>& grad, const Visit& v
       }
     }
     add_column_sums(tile, grad.column_sum);
-    add_near_pairs(tile, grad, lists, runs);
+    add_near_pairs<metric>(tile, grad, lists, runs);
     for (int run = 0; run < runs; ++run) free(lists[run].items);
   }
   free(lists);
@@ -205,7 +205,7 @@ bool weigh_rows(const Tile<T>& tile, const TileGradient<T>& grad, const Visit& v
 
 template <Metric metric, bool masked, typename T>
 bool backward(const Tile<T>& tile, const RowGradients<T>& rows, const TileGradient<T>& grad) {
-  return weigh_rows(tile, grad, [&](int64_t row, uint8_t* near, NearPairs<T>* pairs) {
+  return weigh_rows<metric>(tile, grad, [&](int64_t row, uint8_t* near, NearPairs<T>* pairs) {
     const bool any_near = score_row<metric, masked>(tile, row, near);
     RowGradient<T> from;
     from.lse = (double)rows.lse[row] + (double)rows.lse_residual[row];
@@ -219,27 +219,57 @@ bool backward(const Tile<T>& tile, const RowGradients<T>& rows, const TileGradie
 
 template <Metric metric, bool masked, typename T>
 bool loss(const Tile<T>& tile, const RowLoss<T>& rows, const TileGradient<T>& grad) {
-  return weigh_rows(tile, grad, [&](int64_t row, uint8_t* near, NearPairs<T>* pairs) {
-    const bool any_near = score_row<metric, masked>(tile, row, near);
-    const SoftmaxState state = row_state(tile, row);
-    const double a = rows.cross_entropy_weight ? (double)rows.cross_entropy_weight[row] : 0.0;
-    const double b = rows.entropy_weight ? (double)rows.entropy_weight[row] : 0.0;
-    RowGradient<T> from;
-    from.lse = log_sum_exp(state);
-    const double row_entropy = entropy(state);
-    // softplus(lse - positive) and its derivative, by the exponential that does not overflow.
-    const double x = from.lse - (double)rows.positive_score[row];
-    const double e = exp(x > 0 ? -x : x);
-    const double softplus = (x > 0 ? x : 0.0) + log1p(e);
-    const double sigmoid = (x > 0 ? 1.0 : e) / (1.0 + e);
-    from.entropy = (T)row_entropy;
-    from.grad_lse = a == 0.0 ? T(0) : (T)(a * sigmoid);
-    from.grad_entropy = (T)b;
-    from.grad_sum = T(0);
-    rows.loss[row] = (T)((a == 0.0 ? 0.0 : a * softplus) + (b == 0.0 ? 0.0 : b * row_entropy));
-    rows.grad_positive[row] = -from.grad_lse;
-    weigh_row<metric>(tile, grad, row, from, any_near ? near : nullptr, pairs);
-  });
+  bool failed = false;  // written by any thread, never back to false
+  const bool allocated =
+      weigh_rows<metric>(tile, grad, [&](int64_t row, uint8_t* near, NearPairs<T>* pairs) {
+        const bool any_near = score_row<metric, masked>(tile, row, near);
+        const SoftmaxState state = row_state(tile, row);
+        const double a = rows.cross_entropy_weight ? (double)rows.cross_entropy_weight[row] : 0.0;
+        const double b = rows.entropy_weight ? (double)rows.entropy_weight[row] : 0.0;
+        RowGradient<T> from;
+        from.lse = log_sum_exp(state);
+        const double row_entropy = entropy(state);
+        from.entropy = (T)row_entropy;
+        from.grad_entropy = (T)b;
+        from.grad_lse = from.grad_sum = T(0);
+        double cross_entropy = 0.0;
+        if (a != 0.0) {
+          const int64_t column = tile.exclude[row * tile.exclude_count];
+          const T t = direct_score<metric>(tile, row, column);
+          const double positive = (double)t * LN_2;
+          // softplus(lse - positive) and its derivative, by the exponential that does not overflow.
+          const double x = from.lse - positive;
+          const double e = exp(x > 0 ? -x : x);
+          const double sigmoid = (x > 0 ? 1.0 : e) / (1.0 + e);
+          cross_entropy = a * ((x > 0 ? x : 0.0) + log1p(e));
+          from.grad_lse = (T)(a * sigmoid);
+          const T weight =
+              pair_weight<metric>(-from.grad_lse, t, tile.scale, tile.scale * T(LOG2_E));
+          if (weight != T(0) && !append(pairs, NearPair<T>{row, column, weight})) failed = true;
+          grad.score_product[row] -= (double)from.grad_lse * positive;
+        }
+        rows.loss[row] = (T)(cross_entropy + (b == 0.0 ? 0.0 : b * row_entropy));
+        weigh_row<metric>(tile, grad, row, from, any_near ? near : nullptr, pairs);
+      });
+  return allocated && !failed;
+}
+
+template <typename T>
+void center(const T* x, const T* mean, int64_t rows, int64_t dim, int threads, T* out, T* sqnorm) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* from = x + row * dim;
+    T* to = out + row * dim;
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < dim; ++k) {
+      const T m = mean[k];
+      const T value = from[k] - (m - m == T(0) ? m : T(0));  // inf and NaN: m - m is NaN
+      to[k] = value;
+      sum += value * value;
+    }
+    sqnorm[row] = sum;
+  }
 }
 
 // Calls f<metric, masked>(arguments...) with the two run-time choices as constants.
@@ -275,6 +305,14 @@ bool distance_softmax_backward(const Tile<float>& tile, const RowGradients<float
 bool distance_softmax_backward(const Tile<double>& tile, const RowGradients<double>& rows,
                                const TileGradient<double>& grad) {
   FASTCONTRAST_FOR_METRIC(backward, tile, rows, grad);
+}
+void center_rows(const float* x, const float* mean, int64_t rows, int64_t dim, int threads,
+                 float* out, float* sqnorm) {
+  center(x, mean, rows, dim, threads, out, sqnorm);
+}
+void center_rows(const double* x, const double* mean, int64_t rows, int64_t dim, int threads,
+                 double* out, double* sqnorm) {
+  center(x, mean, rows, dim, threads, out, sqnorm);
 }
 bool softmax_loss(const Tile<float>& tile, const RowLoss<float>& rows,
                   const TileGradient<float>& grad) {

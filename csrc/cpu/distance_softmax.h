@@ -58,22 +58,21 @@ struct RowGradients {
   const T* grad_sum;      // [rows], or null
 };
 
+// The positive of a row is the first column of its `exclude`.
 template <typename T>
 struct RowLoss {
-  const T* positive_score;        // [rows]
-  const T* cross_entropy_weight;  // [rows], or null for 0
+  const T* cross_entropy_weight;  // [rows], or null for 0; 0 where there is no positive
   const T* entropy_weight;        // [rows], or null for 0
   T* loss;                        // [rows]
-  T* grad_positive;               // [rows]
 };
 
 template <typename T>
 struct TileGradient {
-  double* row_sum;        // [rows], += Σ_j w_ij
-  double* column_sum;     // [columns], += Σ_i w_ij
+  double* row_sum;        // [rows], += Σ_j c_ij
+  double* column_sum;     // [columns], += Σ_i c_ij
   double* score_product;  // [rows], += Σ_j ∂L/∂s_ij · s_ij, the gradient of log(scale)
-  T* grad_x;              // [rows, dim], or null: -= w (x-y) of near pairs, which leave the GEMM
-  T* grad_y;              // [columns, dim], or null: += w (x-y) of near pairs
+  T* grad_x;              // [rows, dim], or null: += gradients of the pairs outside the GEMM
+  T* grad_y;              // [columns, dim], or null: the same
 };
 
 // Folds the tile into the row statistics. Overwrites the tile with scores in units of log2.
@@ -81,12 +80,19 @@ FASTCONTRAST_DECLARE(void distance_softmax_forward(const Tile<float>&, const Row
 FASTCONTRAST_DECLARE(void distance_softmax_forward(const Tile<double>&,
                                                    const RowStatistics<double>&))
 
-// Overwrites the tile with the pair weights w_ij of common/scores.h. False when out of memory.
+// Overwrites the tile with the pair weights c_ij of common/scores.h. False when out of memory.
 FASTCONTRAST_DECLARE(bool distance_softmax_backward(const Tile<float>&, const RowGradients<float>&,
                                                     const TileGradient<float>&))
 FASTCONTRAST_DECLARE(bool distance_softmax_backward(const Tile<double>&,
                                                     const RowGradients<double>&,
                                                     const TileGradient<double>&))
+
+// Moves points to the mean: out = x - mean (a mean that is not finite counts as 0), sqnorm =
+// ‖out‖².
+FASTCONTRAST_DECLARE(void center_rows(const float* x, const float* mean, int64_t rows, int64_t dim,
+                                      int threads, float* out, float* sqnorm))
+FASTCONTRAST_DECLARE(void center_rows(const double* x, const double* mean, int64_t rows,
+                                      int64_t dim, int threads, double* out, double* sqnorm))
 
 // Loss and pair weights at once, for a tile that holds all columns. False when out of memory.
 FASTCONTRAST_DECLARE(bool softmax_loss(const Tile<float>&, const RowLoss<float>&,

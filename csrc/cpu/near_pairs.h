@@ -17,7 +17,7 @@ namespace {
 // run r+1.
 FC_INLINE int64_t run_begin(int64_t rows, int run, int runs) { return rows * run / runs; }
 
-// A pair taken out of the GEMM: it adds weight·(x_row - y_column) to the gradients directly.
+// A pair that is not in the GEMM, with its weight c of common/scores.h.
 template <typename T>
 struct NearPair {
   int64_t row, column;
@@ -43,17 +43,18 @@ bool append(NearPairs<T>* list, NearPair<T> pair) {
   return true;
 }
 
-template <typename T>
-FC_INLINE void add_difference(const Tile<T>& tile, const NearPair<T>& pair, T weight, T* target) {
-  const T* x = tile.x + pair.row * tile.dim;
-  const T* y = tile.y + pair.column * tile.dim;
+// target += weight·(to - from), or weight·to for Metric::dot.
+template <Metric metric, typename T>
+FC_INLINE void add_pair(T* target, T weight, const T* from, const T* to, int64_t dim) {
 #pragma omp simd
-  for (int64_t d = 0; d < tile.dim; ++d) target[d] += weight * (x[d] - y[d]);
+  for (int64_t k = 0; k < dim; ++k) {
+    target[k] += weight * (metric == Metric::dot ? to[k] : to[k] - from[k]);
+  }
 }
 
 // Row gradients: list l owns its rows. Column gradients: a thread owns columns and reads all lists,
 // which are in the order of rows. One writer per gradient row, always in the same order.
-template <typename T>
+template <Metric metric, typename T>
 void add_near_pairs(const Tile<T>& tile, const TileGradient<T>& grad, const NearPairs<T>* lists,
                     int runs) {
   int64_t total = 0;
@@ -64,7 +65,8 @@ void add_near_pairs(const Tile<T>& tile, const TileGradient<T>& grad, const Near
     if (grad.grad_x) {
       for (int64_t k = 0; k < lists[run].size; ++k) {
         const NearPair<T> pair = lists[run].items[k];
-        add_difference(tile, pair, -pair.weight, grad.grad_x + pair.row * tile.dim);
+        add_pair<metric>(grad.grad_x + pair.row * tile.dim, pair.weight,
+                         tile.x + pair.row * tile.dim, tile.y + pair.column * tile.dim, tile.dim);
       }
     }
   }
@@ -77,7 +79,8 @@ void add_near_pairs(const Tile<T>& tile, const TileGradient<T>& grad, const Near
         for (int64_t k = 0; k < lists[l].size; ++k) {
           const NearPair<T> pair = lists[l].items[k];
           if (pair.column < begin || pair.column >= end) continue;
-          add_difference(tile, pair, pair.weight, grad.grad_y + pair.column * tile.dim);
+          add_pair<metric>(grad.grad_y + pair.column * tile.dim, pair.weight,
+                           tile.y + pair.column * tile.dim, tile.x + pair.row * tile.dim, tile.dim);
         }
       }
     }

@@ -13,17 +13,6 @@ namespace cpu {
 namespace FASTCONTRAST_ISA {
 namespace {
 
-template <typename T>
-FC_INLINE T direct_squared_distance(const T* x, const T* y, int64_t dim) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < dim; ++k) {
-    const T difference = x[k] - y[k];
-    sum += difference * difference;
-  }
-  return sum;
-}
-
 // Scores of columns [begin, end) of one row, in place. Returns whether a near pair was seen.
 template <Metric metric, bool masked, typename T>
 FC_INLINE bool score_span(const Tile<T>& tile, int64_t row, int64_t begin, int64_t end) {
@@ -64,17 +53,27 @@ FC_INLINE bool is_near(const Tile<T>& tile, int64_t row, int64_t column, T t) {
   return d2 < near_fraction(T(0)) * (tile.x_sqnorm[row] + tile.y_sqnorm[column]) || t == T(0);
 }
 
+// t of one pair from its two points, without the GEMM.
+template <Metric metric, typename T>
+FC_INLINE T direct_score(const Tile<T>& tile, int64_t row, int64_t column) {
+  const T* x = tile.x + row * tile.dim;
+  const T* y = tile.y + column * tile.dim;
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < tile.dim; ++k) {
+    const T difference = x[k] - y[k];
+    sum += metric == Metric::dot ? x[k] * y[k] : difference * difference;
+  }
+  return score_log2<metric>(sum, tile.scale * T(LOG2_E));
+}
+
 template <Metric metric, typename T>
 void refine_span(const Tile<T>& tile, int64_t row, int64_t begin, int64_t end, uint8_t* near) {
   T* t = tile.values + row * tile.columns;
   for (int64_t j = begin; j < end; ++j) {
     const bool close = is_near<metric>(tile, row, j, t[j]);
     if (near) near[j] = close;
-    if (close) {
-      const T d2 =
-          direct_squared_distance(tile.x + row * tile.dim, tile.y + j * tile.dim, tile.dim);
-      t[j] = score_log2<metric>(d2, tile.scale * T(LOG2_E));
-    }
+    if (close) t[j] = direct_score<metric>(tile, row, j);
   }
 }
 

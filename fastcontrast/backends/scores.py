@@ -80,18 +80,14 @@ class RowGradients(NamedTuple):
     score_sum: Tensor | None
 
 
-class LossRows(NamedTuple):
-    """Rows of ``Σ_i a_i softplus(lse_i - positive_i) + b_i entropy_i``.
+class LossWeights(NamedTuple):
+    """Weights of ``Σ_i a_i softplus(lse_i - positive_i) + b_i entropy_i``, each [M] or None for 0.
 
-    Attributes:
-        positive_score: Score of each row's positive [M], which its columns leave out.
-        cross_entropy_weight: a [M], or None for 0.
-        entropy_weight: b [M], or None for 0.
+    The positive of a row is the first column of its ``exclude``; where there is none a is 0.
     """
 
-    positive_score: Tensor
-    cross_entropy_weight: Tensor | None
-    entropy_weight: Tensor | None
+    cross_entropy: Tensor | None
+    entropy: Tensor | None
 
 
 class LossGradients(NamedTuple):
@@ -101,7 +97,6 @@ class LossGradients(NamedTuple):
     """
 
     loss: Tensor
-    positive_score: Tensor
     x: Tensor
     y: Tensor
     scale: Tensor
@@ -110,15 +105,3 @@ class LossGradients(NamedTuple):
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else: dtype of sums, statistics and losses."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def column_mean(y: Tensor) -> Tensor:
-    """Detached mean of the columns [N, D] -> [D]: what both sides are centred by.
-
-    Distances do not change, and the rounding error of ``‖x‖²+‖y‖²-2x·y`` no longer grows with the
-    offset of the data. Where the mean is not finite 0 is taken, so that one bad column stays alone.
-    """
-    if y.shape[0] == 0:
-        return y.new_zeros(y.shape[1])
-    mean = y.detach().mean(0)
-    return torch.where(torch.isfinite(mean), mean, 0.0)

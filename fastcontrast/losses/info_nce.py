@@ -13,7 +13,7 @@ from fastcontrast.ops.checks import (
     check_operands,
     check_scale,
 )
-from fastcontrast.ops.distance_softmax import distance_softmax, normalized
+from fastcontrast.ops.distance_softmax import accumulator_dtype, distance_softmax, normalized
 from fastcontrast.ops.pairs import paired_scores
 from fastcontrast.ops.softmax_loss import softmax_loss
 
@@ -84,23 +84,26 @@ def info_nce_loss(
             raise ValueError(
                 f"target=None pairs query i with key i and needs N >= M, got M={m}, N={n}"
             )
-        target, positives = torch.arange(m, device=query.device), key[:m]
+        target = torch.arange(m, device=query.device)
     else:
         target = check_indices("target", target, query, 0, n, "a key's index")
-        positives = key[target]
-    scale = 1.0 / temperature
-    options = {"metric": metric, "scale": scale, "exclude": target}
-    options |= {"precision": precision, "backend": backend}
-    positive_score = paired_scores(query, positives, metric=metric, scale=scale)
+    options = {"metric": metric, "scale": 1.0 / temperature}
     if reduction == "none":
-        return softplus(distance_softmax(query, key, **options).lse - positive_score)
+        others = distance_softmax(
+            query, key, exclude=target, precision=precision, backend=backend, **options
+        )
+        return softplus(others.lse - paired_scores(query, key[target], **options))
     weight = 1.0 / max(1, m) if reduction == "mean" else 1.0
     return softmax_loss(
         query,
         key,
-        positive_score=positive_score,
-        cross_entropy_weight=torch.full_like(positive_score, weight, requires_grad=False),
+        target,
+        cross_entropy_weight=torch.full(
+            (m,), weight, dtype=accumulator_dtype(query.dtype), device=query.device
+        ),
         entropy_weight=None,
+        precision=precision,
+        backend=backend,
         **options,
     )
 

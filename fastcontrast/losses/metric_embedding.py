@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastcontrast.losses.reduction import REDUCTIONS, softplus
 from fastcontrast.ops.checks import check_choice, check_indices, check_operands, check_scale
-from fastcontrast.ops.distance_softmax import distance_softmax
+from fastcontrast.ops.distance_softmax import accumulator_dtype, distance_softmax
 from fastcontrast.ops.pairs import paired_scores
 from fastcontrast.ops.softmax_loss import softmax_loss
 
@@ -73,17 +73,17 @@ def metric_embedding_loss(
         raise ValueError("anchors must hold at least one class, got shape [0, D]")
     targets = check_indices("targets", targets, embeddings, -1, classes, "-1 = unlabelled")
     metric, scale = "sqeuclidean" if squared else "l2", 1.0 / temperature
-    own = anchors[targets.clamp(min=0)]
-    own_score = paired_scores(embeddings, own, metric=metric, scale=scale)
-    # -1 excludes nothing, so one pass serves both kinds of row.
-    options = {"metric": metric, "scale": scale, "exclude": targets}
-    options |= {"precision": precision, "backend": backend}
+    options = {"metric": metric, "scale": scale}
     labelled = targets >= 0
     if reduction == "none":
-        rows = distance_softmax(embeddings, anchors, **options)
+        # -1 excludes nothing, so one pass serves both kinds of row.
+        rows = distance_softmax(
+            embeddings, anchors, exclude=targets, precision=precision, backend=backend, **options
+        )
+        own_score = paired_scores(embeddings, anchors[targets.clamp(min=0)], **options)
         cross_entropy = torch.where(labelled, softplus(rows.lse - own_score), 0.0)
         return cross_entropy + unlabelled_weight * torch.where(labelled, 0.0, rows.entropy)
-    weight = labelled.to(own_score.dtype)
+    weight = labelled.to(accumulator_dtype(embeddings.dtype))
     rest = unlabelled_weight * (1.0 - weight)
     if reduction == "mean":
         count = labelled.sum()
@@ -92,9 +92,11 @@ def metric_embedding_loss(
     return softmax_loss(
         embeddings,
         anchors,
-        positive_score=own_score,
+        targets,
         cross_entropy_weight=weight,
         entropy_weight=rest,
+        precision=precision,
+        backend=backend,
         **options,
     )
 

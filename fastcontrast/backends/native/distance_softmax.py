@@ -19,12 +19,11 @@ from fastcontrast.backends.scores import (
     KEEPS,
     METRICS,
     LossGradients,
-    LossRows,
+    LossWeights,
     RowGradients,
     Scores,
     Statistics,
     accumulator_dtype,
-    column_mean,
     empty_statistics,
 )
 
@@ -80,54 +79,36 @@ def distance_softmax_backward(
     grads: RowGradients,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, y and scale from (lse, lse_residual, entropy); empty where not needed.
-
-    ``dx_i = Σ_j w_ij (x_i - y_j)`` is taken as ``x_i Σ_j w_ij - (W Y)_i``, and dy alike.
-    """
-    dtype = accumulator_dtype(x.dtype)
-    (m, dim), n = x.shape, y.shape[0]
-    operands = _Operands(x, y, scores, dtype)
-    # Products W·Y and Wᵀ·X; near pairs are added to them by the C++ pass.
-    wy = x.new_zeros((m, dim) if needs[0] else (0,), dtype=dtype)
-    wx = y.new_zeros((n, dim) if needs[1] else (0,), dtype=dtype)
-    row_sum, score_product = torch.zeros(2, m, dtype=torch.float64)
-    column_sum = torch.zeros(n, dtype=torch.float64)
+    """Gradients of x, y and scale from (lse, lse_residual, entropy); empty where not needed."""
+    operands = _Operands(x, y, scores, accumulator_dtype(x.dtype))
+    gradients = _Gradients(operands, needs)
     lse, lse_residual, entropy = statistics
     grad_lse, grad_entropy, grad_sum = (
-        None if grad is None else grad.to(dtype).contiguous() for grad in grads
+        None if grad is None else grad.to(lse.dtype).contiguous() for grad in grads
     )
     entry = getattr(_C, f"distance_softmax_backward_{operands.suffix}")
     with _ieee_products():
         for rows, columns, tile in operands.tiles():
             entry(
                 **tile,
+                **gradients.of_tile(rows, columns),
                 lse=_address(lse, rows),
                 lse_residual=_address(lse_residual, rows),
                 entropy=_address(entropy, rows),
                 grad_lse=_address(grad_lse, rows),
                 grad_entropy=_address(grad_entropy, rows),
                 grad_sum=_address(grad_sum, rows),
-                row_sum=_address(row_sum, rows),
-                column_sum=_address(column_sum, columns),
-                score_product=_address(score_product, rows),
-                grad_x=_address(wy, rows) if needs[0] else 0,
-                grad_y=_address(wx, columns) if needs[1] else 0,
             )
-            weights = operands.tile_values(rows, columns)
-            if needs[0]:
-                wy[rows].addmm_(weights, operands.y[columns])
-            if needs[1]:
-                wx[columns].addmm_(weights.T, operands.x[rows])
-    wy, wx = _from_products(operands, scores, wy, wx, row_sum, column_sum, needs)
-    dscale = score_product.sum() / float(scores.scale) if needs[2] else score_product.new_empty(0)
-    return wy.to(x.dtype), wx.to(y.dtype), dscale.to(dtype)
+            gradients.add_products(rows, columns)
+    dx, dy, dscale = gradients.result(float(scores.scale))
+    return dx.to(x.dtype), dy.to(y.dtype), dscale
 
 
 def softmax_loss(
     x: Tensor,
     y: Tensor,
     scores: Scores,
-    rows: LossRows,
+    weights: LossWeights,
     needs: tuple[bool, bool, bool],
 ) -> LossGradients:
     """Loss of every row and all gradients in one pass: 6MND operations, scores computed once.
@@ -135,63 +116,71 @@ def softmax_loss(
     A block of rows holds all its columns, LOSS_BLOCK scores or 64 rows, whichever is more.
     """
     dtype = accumulator_dtype(x.dtype)
-    (m, dim), n = x.shape, y.shape[0]
+    m, n = x.shape[0], y.shape[0]
     block = max(64, min(TILE_ROWS, LOSS_BLOCK // max(1, n)))
     operands = _Operands(x, y, scores, dtype, tile=(block, max(1, n)))
-    wy = x.new_empty((m, dim) if needs[0] else (0,), dtype=dtype)
-    wx = y.new_zeros((n, dim) if needs[1] else (0,), dtype=dtype)
-    near_x = x.new_zeros((min(m, block), dim) if needs[0] else (0,), dtype=dtype)
-    row_sum, score_product = torch.zeros(2, m, dtype=torch.float64)
-    column_sum = torch.zeros(n, dtype=torch.float64)
-    loss, grad_positive = x.new_empty(m, dtype=dtype), x.new_empty(m, dtype=dtype)
-    positive, ce_weight, entropy_weight = (
-        None if value is None else value.detach().to(dtype).contiguous() for value in rows
+    gradients = _Gradients(operands, needs)
+    loss = x.new_zeros(m, dtype=dtype)
+    ce_weight, entropy_weight = (
+        None if value is None else value.detach().to(dtype).contiguous() for value in weights
     )
     entry = getattr(_C, f"softmax_loss_{operands.suffix}")
     with _ieee_products():
-        for span, _, tile in operands.tiles():
+        for rows, columns, tile in operands.tiles():
             entry(
                 **tile,
-                positive_score=_address(positive, span),
-                cross_entropy_weight=_address(ce_weight, span),
-                entropy_weight=_address(entropy_weight, span),
-                loss=_address(loss, span),
-                grad_positive=_address(grad_positive, span),
-                row_sum=_address(row_sum, span),
-                column_sum=column_sum.data_ptr(),
-                score_product=_address(score_product, span),
-                grad_x=near_x.data_ptr() if needs[0] else 0,
-                grad_y=wx.data_ptr() if needs[1] else 0,
+                **gradients.of_tile(rows, columns),
+                cross_entropy_weight=_address(ce_weight, rows),
+                entropy_weight=_address(entropy_weight, rows),
+                loss=_address(loss, rows),
             )
-            weights = operands.tile_values(span, slice(0, n))
-            if needs[0]:
-                part = near_x[: span.stop - span.start]
-                torch.addmm(part, weights, operands.y, out=wy[span])
-                part.zero_()
-            if needs[1]:
-                wx.addmm_(weights.T, operands.x[span])
-    dx, dy = _from_products(operands, scores, wy, wx, row_sum, column_sum, needs)
-    dscale = score_product.sum() / float(scores.scale) if needs[2] else score_product.new_empty(0)
-    return LossGradients(loss, grad_positive, dx, dy, dscale.to(dtype))
+            gradients.add_products(rows, columns)
+    return LossGradients(loss, *gradients.result(float(scores.scale)))
 
 
-def _from_products(
-    operands: _Operands,
-    scores: Scores,
-    wy: Tensor,
-    wx: Tensor,
-    row_sum: Tensor,
-    column_sum: Tensor,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor]:
-    """Gradients of both sides from W·Y and Wᵀ·X: ``x Σ w - W·Y`` for distances."""
-    if scores.metric == "dot":
-        return wy, wx
-    if needs[0]:
-        wy = torch.addcmul(wy.neg_(), operands.x, row_sum.to(wy.dtype)[:, None], out=wy)
-    if needs[1]:
-        wx = torch.addcmul(wx.neg_(), operands.y, column_sum.to(wx.dtype)[:, None], out=wx)
-    return wy, wx
+class _Gradients:
+    """Gradients in the making: products C·Y and Cᵀ·X, row and column sums of the weights C.
+
+    ``dx_i = Σ_j c_ij (y_j - x_i)`` is taken as ``(C Y)_i - x_i Σ_j c_ij``, and dy alike; for "dot"
+    the products alone. Pairs that the C++ pass takes out of the products it adds to them.
+    """
+
+    def __init__(self, operands: _Operands, needs: tuple[bool, bool, bool]) -> None:
+        self.operands, self.needs = operands, needs
+        (m, dim), n = operands.x.shape, operands.y.shape[0]
+        self.x = operands.x.new_zeros((m, dim) if needs[0] else (0,))
+        self.y = operands.y.new_zeros((n, dim) if needs[1] else (0,))
+        sums = torch.zeros(2 * m + n, dtype=torch.float64)
+        self.row_sum, self.score_product, self.column_sum = sums.split([m, m, n])
+
+    def of_tile(self, rows: slice, columns: slice) -> dict[str, int]:
+        """Addresses for the C++ pass over one tile."""
+        return {
+            "row_sum": _address(self.row_sum, rows),
+            "column_sum": _address(self.column_sum, columns),
+            "score_product": _address(self.score_product, rows),
+            "grad_x": _address(self.x, rows) if self.needs[0] else 0,
+            "grad_y": _address(self.y, columns) if self.needs[1] else 0,
+        }
+
+    def add_products(self, rows: slice, columns: slice) -> None:
+        """Apply the pair weights that the C++ pass left in the tile."""
+        weights = self.operands.tile_values(rows, columns)
+        if self.needs[0]:
+            self.x[rows].addmm_(weights, self.operands.y[columns])
+        if self.needs[1]:
+            self.y[columns].addmm_(weights.T, self.operands.x[rows])
+
+    def result(self, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, y and scale."""
+        dtype = self.operands.x.dtype
+        if self.operands.centred:
+            if self.needs[0]:
+                self.x.addcmul_(self.operands.x, self.row_sum.to(dtype)[:, None], value=-1)
+            if self.needs[1]:
+                self.y.addcmul_(self.operands.y, self.column_sum.to(dtype)[:, None], value=-1)
+        dscale = self.score_product.sum() / scale if self.needs[2] else self.score_product[:0]
+        return self.x, self.y, dscale.to(dtype)
 
 
 class _Operands:
@@ -210,12 +199,12 @@ class _Operands:
         self.given_y = y.detach().to(dtype).contiguous()
         self.x, self.y = self.given_x, self.given_y
         self.x_sqnorm = self.y_sqnorm = None
-        if scores.metric != "dot":
-            mean = column_mean(self.y)
-            self.x, self.y = self.given_x - mean, self.given_y - mean
-            self.x_sqnorm = self.x.square().sum(1)
-            self.y_sqnorm = self.y.square().sum(1)
         self.suffix = "float64" if dtype == torch.float64 else "float32"
+        self.centred = scores.metric != "dot"
+        if self.centred and y.shape[0] > 0:
+            mean = self.given_y.mean(0)
+            self.x, self.x_sqnorm = self._center(self.given_x, mean)
+            self.y, self.y_sqnorm = self._center(self.given_y, mean)
         self.exclude = None
         if scores.exclude is not None:
             self.exclude = scores.exclude.to(torch.int64).contiguous()
@@ -229,6 +218,20 @@ class _Operands:
         }
         size = min(x.shape[0], self.tile_rows) * min(y.shape[0], self.tile_columns)
         self.buffer = self.x.new_empty(size)
+
+    def _center(self, points: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Points less the mean of the columns, and their squared norms.
+
+        Distances do not change, and the rounding error of ``‖x‖²+‖y‖²-2x·y`` no longer grows with
+        the offset of the data. Where the mean is not finite 0 is taken: a bad column stays alone.
+        """
+        out, sqnorm = torch.empty_like(points), points.new_empty(points.shape[0])
+        threads = min(torch.get_num_threads(), 1 + points.numel() // ELEMENTS_PER_THREAD)
+        getattr(_C, f"center_rows_{self.suffix}")(
+            points.data_ptr(), mean.data_ptr(), *points.shape, threads, out.data_ptr(),
+            sqnorm.data_ptr(),
+        )  # fmt: skip
+        return out, sqnorm
 
     def tile_values(self, rows: slice, columns: slice) -> Tensor:
         shape = (rows.stop - rows.start, columns.stop - columns.start)

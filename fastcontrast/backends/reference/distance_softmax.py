@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcontrast.backends.reference.pairs import paired_scores
 from fastcontrast.backends.scores import (
     LossGradients,
-    LossRows,
+    LossWeights,
     RowGradients,
     Scores,
     Statistics,
     accumulator_dtype,
-    column_mean,
     empty_statistics,
 )
 
@@ -83,34 +83,63 @@ def distance_softmax_backward(
 
 
 def softmax_loss(
-    x: Tensor, y: Tensor, scores: Scores, rows: LossRows, needs: tuple[bool, bool, bool]
+    x: Tensor, y: Tensor, scores: Scores, weights: LossWeights, needs: tuple[bool, bool, bool]
 ) -> LossGradients:
     """Loss of every row and all gradients of their sum, by the two passes above."""
     dtype = accumulator_dtype(x.dtype)
     x, y = x.to(dtype), y.to(dtype)
     statistics = distance_softmax_forward(x, y, scores, None, False)
-    a = rows.cross_entropy_weight
+    a, target = weights.cross_entropy, _targets(scores)
+    leaves = [
+        x.detach().requires_grad_(needs[0]),
+        y.detach().requires_grad_(needs[1]),
+        torch.as_tensor(scores.scale, dtype=dtype, device=x.device).detach().clone(),
+    ]
+    leaves[2].requires_grad_(needs[2])
+    with torch.enable_grad():
+        positive = paired_scores(
+            leaves[0], leaves[1][target], metric=scores.metric, scale=leaves[2]
+        )
     grad_lse = torch.zeros_like(statistics.lse)
     if a is not None:
-        share = torch.sigmoid(statistics.lse - rows.positive_score)
-        grad_lse = torch.where(a == 0, 0.0, a * share)
+        grad_lse = torch.where(a == 0, 0.0, a * torch.sigmoid(statistics.lse - positive.detach()))
     gradients = distance_softmax_backward(
-        x, y, scores, statistics[:3], RowGradients(grad_lse, rows.entropy_weight, None), needs
+        x, y, scores, statistics[:3], RowGradients(grad_lse, weights.entropy, None), needs
     )
-    loss = row_losses(statistics.lse, statistics.entropy, rows)
-    return LossGradients(loss, -grad_lse, *gradients)
+    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+    if wanted:
+        part = iter(torch.autograd.grad(positive, wanted, -grad_lse, materialize_grads=True))
+        gradients = tuple(
+            g + next(part) if need else g for g, need in zip(gradients, needs, strict=True)
+        )
+    loss = row_losses(statistics.lse, statistics.entropy, positive.detach(), weights)
+    return LossGradients(loss, *gradients)
 
 
-def row_losses(lse: Tensor, entropy: Tensor, rows: LossRows) -> Tensor:
+def differentiable_loss(x: Tensor, y: Tensor, scores: Scores, weights: LossWeights) -> Tensor:
+    """Sum of the row losses, as a graph that can be differentiated any number of times."""
+    lse, entropy, _ = differentiable_statistics(x, y, scores)
+    positive = paired_scores(x, y[_targets(scores)], metric=scores.metric, scale=scores.scale)
+    return row_losses(lse, entropy, positive, weights).sum()
+
+
+def row_losses(lse: Tensor, entropy: Tensor, positive: Tensor, weights: LossWeights) -> Tensor:
     """``a softplus(lse - positive) + b entropy`` of every row [M]; a term of weight 0 is 0."""
     loss = torch.zeros_like(lse)
-    positive, a, b = rows
+    a, b = weights
     if a is not None:
         # F.softplus cuts off where its argument dwarfs 1; at 50 that is exact in float64.
         loss = loss + torch.where(a == 0, 0.0, a * F.softplus(lse - positive, threshold=50.0))
     if b is not None:
         loss = loss + torch.where(b == 0, 0.0, b * entropy)
     return loss
+
+
+def _targets(scores: Scores) -> Tensor:
+    """Column of each row's positive; any column where there is none."""
+    if scores.exclude is None:
+        raise ValueError("a loss needs the column of each row's positive")
+    return scores.exclude[:, 0].clamp(min=0).to(torch.int64)
 
 
 def differentiable_statistics(
@@ -150,7 +179,8 @@ def _operands(x: Tensor, y: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     if scores.precision == "ieee":
         return x.contiguous(), y.contiguous()
     if scores.metric != "dot":  # centred before rounding, as where the rounding is in hardware
-        mean = column_mean(y)
+        mean = y.detach().mean(0) if y.shape[0] else y.new_zeros(y.shape[1])
+        mean = torch.where(torch.isfinite(mean), mean, 0.0)
         x, y = x - mean, y - mean
     return _rounded(x, scores.precision), _rounded(y, scores.precision)
 
