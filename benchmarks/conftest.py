@@ -1,0 +1,84 @@
+"""Interleaved timing under pytest-benchmark, and the table of ratios at the end of a run.
+
+``pytest benchmarks`` runs everything; ``--benchmark-json=FILE`` keeps it. Every case times ours and
+its peers in turn, round by round, so that a busy moment of the machine falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+# As in tests/conftest.py: threads that spin while they wait disturb what is measured next.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+
+CONTROL = "GEMMs"
+_rows: list[dict[str, Any]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rounds", type=int, default=8, help="rounds of a case (default: 8)")
+    parser.addoption("--threads", type=int, default=2, help="torch's threads (default: 2)")
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    from benchmarks.environment import describe
+
+    machine_info["fastcontrast"] = describe()
+
+
+@pytest.fixture
+def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Run ``race(job, ours, peers)``: ours by pytest-benchmark, peers before each of its rounds."""
+    import torch
+
+    rounds = request.config.getoption("--rounds")
+    torch.set_num_threads(request.config.getoption("--threads"))
+
+    def run(job: str, ours: Callable[[], Any], peers: dict[str, Callable[[], Any]]) -> None:
+        times: dict[str, list[float]] = {name: [] for name in peers}
+        for function in (ours, *peers.values()):
+            function()  # compiles, allocates, wakes threads
+
+        def others() -> None:
+            for name, function in peers.items():
+                start = time.perf_counter()
+                function()
+                times[name].append(time.perf_counter() - start)
+
+        benchmark.pedantic(ours, setup=others, rounds=rounds)
+        row = {"job": job, "fastcontrast": list(benchmark.stats.stats.data)} | times
+        control = times.get(CONTROL)
+        if control:
+            row["drift"] = statistics.median(control) / min(control) - 1
+        _rows.append(row)
+        benchmark.extra_info.update(row)
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Minimum and median in ms of every implementation, and its ratio to the control."""
+    if not _rows:
+        return
+    write = terminalreporter.write_line
+    write("")
+    write(f"ms minimum / median; x = minimum of the {CONTROL} over minimum; higher is better")
+    for row in _rows:
+        drift = row.pop("drift", None)
+        job = row.pop("job")
+        note = "" if drift is None else f"  (median {CONTROL} {drift:+.0%} over minimum"
+        note += (
+            ": the machine was busy)" if drift is not None and drift > 0.15 else ")" if note else ""
+        )
+        write(f"{job}{note}")
+        control = min(row[CONTROL]) if CONTROL in row else None
+        for name, seconds in row.items():
+            ratio = "" if control is None else f"  x {control / min(seconds):5.2f}"
+            low, middle = 1e3 * min(seconds), 1e3 * statistics.median(seconds)
+            write(f"  {name:28}{low:10.3f} /{middle:10.3f}{ratio}")
