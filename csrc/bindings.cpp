@@ -109,6 +109,14 @@ void center_rows(Address x, Address mean, std::int64_t rows, std::int64_t dim, i
 }
 
 template <typename T>
+void subtract_scaled_rows(Address points, Address sums, std::int64_t rows, std::int64_t dim,
+                          int threads, Address grad) {
+  py::gil_scoped_release release;
+  FASTCONTRAST_DISPATCH(subtract_scaled_rows, at<const T>(points), at<const double>(sums), rows,
+                        dim, threads, at<T>(grad));
+}
+
+template <typename T>
 void softmax_loss(const py::kwargs& a) {
   const cpu::Tile<T> tile = tile_from<T>(a);
   const cpu::TileGradient<T> grad = tile_gradient_from<T>(a);
@@ -264,6 +272,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("distance_softmax_backward_float64", &distance_softmax_backward<double>);
   m.def("center_rows_float32", &center_rows<float>);
   m.def("center_rows_float64", &center_rows<double>);
+  m.def("subtract_scaled_rows_float32", &subtract_scaled_rows<float>);
+  m.def("subtract_scaled_rows_float64", &subtract_scaled_rows<double>);
   m.def("softmax_loss_float32", &softmax_loss<float>);
   m.def("softmax_loss_float64", &softmax_loss<double>);
   m.def("extract_patches_forward", &extract_patches_forward);

@@ -272,6 +272,17 @@ void center(const T* x, const T* mean, int64_t rows, int64_t dim, int threads, T
   }
 }
 
+template <typename T>
+void subtract_scaled(const T* points, const double* sums, int64_t rows, int64_t dim, int threads,
+                     T* grad) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const T sum = (T)sums[row];
+#pragma omp simd
+    for (int64_t k = 0; k < dim; ++k) grad[row * dim + k] -= sum * points[row * dim + k];
+  }
+}
+
 // Calls f<metric, masked>(arguments...) with the two run-time choices as constants.
 #define FASTCONTRAST_FOR_METRIC(function, tile, ...)                          \
   do {                                                                        \
@@ -313,6 +324,14 @@ void center_rows(const float* x, const float* mean, int64_t rows, int64_t dim, i
 void center_rows(const double* x, const double* mean, int64_t rows, int64_t dim, int threads,
                  double* out, double* sqnorm) {
   center(x, mean, rows, dim, threads, out, sqnorm);
+}
+void subtract_scaled_rows(const float* points, const double* sums, int64_t rows, int64_t dim,
+                          int threads, float* grad) {
+  subtract_scaled(points, sums, rows, dim, threads, grad);
+}
+void subtract_scaled_rows(const double* points, const double* sums, int64_t rows, int64_t dim,
+                          int threads, double* grad) {
+  subtract_scaled(points, sums, rows, dim, threads, grad);
 }
 bool softmax_loss(const Tile<float>& tile, const RowLoss<float>& rows,
                   const TileGradient<float>& grad) {

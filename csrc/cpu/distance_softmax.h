@@ -94,6 +94,13 @@ FASTCONTRAST_DECLARE(void center_rows(const float* x, const float* mean, int64_t
 FASTCONTRAST_DECLARE(void center_rows(const double* x, const double* mean, int64_t rows,
                                       int64_t dim, int threads, double* out, double* sqnorm))
 
+// grad -= sums·points, row by row: what the products C·Y leave to be done for distances.
+FASTCONTRAST_DECLARE(void subtract_scaled_rows(const float* points, const double* sums,
+                                               int64_t rows, int64_t dim, int threads, float* grad))
+FASTCONTRAST_DECLARE(void subtract_scaled_rows(const double* points, const double* sums,
+                                               int64_t rows, int64_t dim, int threads,
+                                               double* grad))
+
 // Loss and pair weights at once, for a tile that holds all columns. False when out of memory.
 FASTCONTRAST_DECLARE(bool softmax_loss(const Tile<float>&, const RowLoss<float>&,
                                        const TileGradient<float>&))

@@ -173,14 +173,21 @@ class _Gradients:
 
     def result(self, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, y and scale."""
-        dtype = self.operands.x.dtype
-        if self.operands.centred:
-            if self.needs[0]:
-                self.x.addcmul_(self.operands.x, self.row_sum.to(dtype)[:, None], value=-1)
-            if self.needs[1]:
-                self.y.addcmul_(self.operands.y, self.column_sum.to(dtype)[:, None], value=-1)
-        dscale = self.score_product.sum() / scale if self.needs[2] else self.score_product[:0]
-        return self.x, self.y, dscale.to(dtype)
+        operands = self.operands
+        if operands.centred:
+            subtract = getattr(_C, f"subtract_scaled_rows_{operands.suffix}")
+            for need, points, sums, grad in (
+                (self.needs[0], operands.x, self.row_sum, self.x),
+                (self.needs[1], operands.y, self.column_sum, self.y),
+            ):
+                if need:
+                    subtract(
+                        points.data_ptr(), sums.data_ptr(), *points.shape, _threads(points.numel()),
+                        grad.data_ptr(),
+                    )  # fmt: skip
+        if not self.needs[2]:
+            return self.x, self.y, self.x.new_empty(0)
+        return self.x, self.y, (self.score_product.sum() / scale).to(self.x.dtype)
 
 
 class _Operands:
@@ -226,7 +233,7 @@ class _Operands:
         the offset of the data. Where the mean is not finite 0 is taken: a bad column stays alone.
         """
         out, sqnorm = torch.empty_like(points), points.new_empty(points.shape[0])
-        threads = min(torch.get_num_threads(), 1 + points.numel() // ELEMENTS_PER_THREAD)
+        threads = _threads(points.numel())
         getattr(_C, f"center_rows_{self.suffix}")(
             points.data_ptr(), mean.data_ptr(), *points.shape, threads, out.data_ptr(),
             sqnorm.data_ptr(),
@@ -240,7 +247,6 @@ class _Operands:
     def tiles(self) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
         """Every tile with its dot products computed, row blocks outermost."""
         m, n = self.x.shape[0], self.y.shape[0]
-        threads = torch.get_num_threads()
         for row in range(0, m, self.tile_rows):
             rows = slice(row, min(row + self.tile_rows, m))
             for column in range(0, n, self.tile_columns):
@@ -255,7 +261,7 @@ class _Operands:
                         "values": values.data_ptr(),
                         "rows": values.shape[0],
                         "columns": values.shape[1],
-                        "threads": min(threads, 1 + values.numel() // ELEMENTS_PER_THREAD),
+                        "threads": _threads(values.numel()),
                         "first_column": column,
                         "x_sqnorm": _address(self.x_sqnorm, rows),
                         "y_sqnorm": _address(self.y_sqnorm, columns),
@@ -266,6 +272,11 @@ class _Operands:
                         "column_ids": _address(self.column_ids, columns),
                     },
                 )
+
+
+def _threads(elements: int) -> int:
+    """Threads that a pass over so many elements is worth."""
+    return min(torch.get_num_threads(), 1 + elements // ELEMENTS_PER_THREAD)
 
 
 def _address(tensor: Tensor | None, span: slice) -> int:
