@@ -12,7 +12,7 @@ from torch import Tensor
 
 try:
     # After torch: the module's OpenMP calls then resolve to the thread pool that torch has loaded.
-    from fastcontrast import _C
+    import fastcontrast._C as _C
 
     IMPORT_PROBLEM: str | None = None
 except ImportError as error:
