@@ -84,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case ["--version"]:
                 print(f"fastcontrast {_version()}")
                 return 0
+            case ["--version", other, *_]:
+                return _fail(f"--version: takes no arguments, got {other!r}")
             case ["doctor", *flags]:
                 return _doctor(flags)
             case ["train", "semisup", *flags]:
@@ -128,7 +130,9 @@ def _train_semisup(flags: list[str]) -> int:
         return _fail(str(error))
     try:
         result = train(job)
-    except (NonFiniteLossError, ValueError, OSError) as error:
+    except ValueError as error:  # what was to be resumed is damaged
+        return _fail(str(error))
+    except (NonFiniteLossError, OSError) as error:
         return _fail(str(error), _FAILED)
     _print_result(job.config, result)
     return _INTERRUPTED if result.interrupted else 0

@@ -79,6 +79,7 @@ def test_an_unfinished_command_shows_its_help(arguments, capsys):
     [
         (["trian"], "no command 'trian'"),
         (["train", "triplet"], "no recipe 'triplet'"),
+        (["--version", "foo"], "--version: takes no arguments, got 'foo'"),
         (["doctor", "now"], "takes no arguments, got 'now'"),
         (["train", "semisup", "--data", "absent"], "absent: no such folder"),
         (["train", "semisup", "--resume"], "there is no run to resume"),
@@ -129,6 +130,32 @@ def test_a_run_its_refusal_and_its_extension(here, capsys, no_pictures):
     assert json.loads(run.config.read_text())["config"]["batch_size"] == 4
     assert _train("--steps", "1", "--name", "mine", "--overwrite") == 0
     assert [r["step"] for r in read_metrics(run)] == [1]
+
+
+def test_a_foreign_folder_and_damaged_files_are_one_line(here, capsys, no_pictures):
+    foreign = here / "runs" / "foreign"
+    foreign.mkdir(parents=True)
+    (foreign / "config.json").write_text('{"model_type": "bert"}')
+    for flags in ((), ("--overwrite",)):
+        assert _train("--name", "foreign", *flags) == 2
+        error = _error(capsys)
+        assert "not a run of this command; choose another --name or --out-dir" in error
+        assert "--overwrite" not in error
+    assert _train("--name", "foreign", "--resume") == 2
+    assert "config.json" in _error(capsys)
+
+    flags = ("--steps", "1", "--name", "mine")
+    assert _train(*flags) == 0
+    run = RunFolder(here / "runs" / "mine")
+    run.metrics.write_text("{}\n")
+    assert _train(*flags, "--resume") == 2
+    assert "metrics.jsonl: line 1" in _error(capsys)
+    (latest_checkpoint(run.checkpoints) / "training.pt").write_bytes(b"?")
+    assert _train(*flags, "--resume") == 2
+    assert "training.pt: cannot be loaded" in _error(capsys)
+    run.config.write_text("{")
+    assert _train(*flags, "--overwrite") == 2
+    assert "remove the folder by hand" in _error(capsys)
 
 
 def test_the_default_name_says_data_and_seed(here, no_pictures):

@@ -159,6 +159,15 @@ def test_a_damaged_file_is_named(tmp_path, file, damage):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [[1], None, {"optimizer": [1]}, {"step": 1}])
+def test_a_training_file_that_holds_something_else_is_named(tmp_path, content):
+    path = save_checkpoint(tmp_path, *_model_and_optimizer(1, steps=1), _state(5))
+    torch.save(content, path / "training.pt")
+    with pytest.raises(ValueError, match=r"training\.pt: cannot be loaded") as caught:
+        load_checkpoint(path, *_model_and_optimizer(2), CPU)
+    assert "\n" not in str(caught.value)
+
+
 def test_another_models_weights_are_refused(tmp_path):
     path = save_checkpoint(tmp_path, *_model_and_optimizer(1, steps=1), _state(5))
     model = nn.Linear(2, 2)

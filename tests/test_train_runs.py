@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -133,9 +134,17 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(config, monkeypatch)
     _assert_same_run(straight, whole)
 
 
-def test_resuming_before_the_first_checkpoint_starts_over(config):
-    run, _ = open_run(config)
+@pytest.mark.parametrize("deleted", [False, True])
+def test_resuming_without_a_checkpoint_starts_over_and_says_so(config, capsys, deleted):
+    if deleted:
+        run = train_semisup(config).run
+        shutil.rmtree(run.checkpoints)
+    else:
+        run, _ = open_run(config)
+    assert "starting over" not in capsys.readouterr().out
     resumed = train_semisup(dataclasses.replace(config, resume=True))
+    said = f"\nno checkpoint in {run.checkpoints}: starting over from step 0\n"
+    assert said in capsys.readouterr().out
     assert resumed.step == 4
     _assert_same_run(resumed, train_semisup(dataclasses.replace(config, name="straight")))
     assert run.path == resumed.run.path
@@ -186,22 +195,69 @@ def test_an_existing_run_is_refused_or_replaced(config):
     with pytest.raises(ValueError, match=r"--resume.*--overwrite"):
         open_run(config)
     assert latest_checkpoint(first.run.checkpoints).name == "step-0000004"
-    (first.run.path / "notes.txt").write_text("mine")
+    kept = [first.run.path / "notes.txt", first.run.checkpoints / "best" / "w.bin"]
+    kept[1].parent.mkdir()
+    for path in kept:
+        path.write_text("mine")
+    (first.run.checkpoints / "step-0000003.partial").mkdir()
     second = train_semisup(dataclasses.replace(config, steps=2, overwrite=True))
     assert latest_checkpoint(second.run.checkpoints).name == "step-0000002"
     assert [r["step"] for r in read_metrics(second.run)] == [1, 2]
-    assert (first.run.path / "notes.txt").read_text() == "mine"
+    assert [path.read_text() for path in kept] == ["mine", "mine"]
+    assert {path.name for path in first.run.checkpoints.iterdir()} == {"best", "step-0000002"}
 
 
-def test_a_folder_that_is_not_a_run_is_never_overwritten(config):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "run: the folder exists and is not a run of this command; choose another --name"),
+        ('{"model_type": "bert"}', "run: the folder exists and is not a run of this command"),
+        ('{"recipe": "another"}', "run: the folder exists and is not a run of this command"),
+        ("[]", "run: the folder exists and is not a run of this command"),
+        ("{", r"config\.json: damaged .*; remove the folder by hand or choose another --name"),
+        (b"\xff", r"config\.json: damaged .*; remove the folder by hand or choose another --name"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_not_a_run_is_never_overwritten(config, content, said, overwrite):
     folder = config.out_dir / "run"
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("someone else's")
-    with pytest.raises(ValueError, match="not a run's folder"):
-        open_run(dataclasses.replace(config, overwrite=True))
-    assert (folder / "metrics.jsonl").read_text() == "someone else's"
-    with pytest.raises(FileNotFoundError, match="no run to resume"):
+    files = {
+        folder / "metrics.jsonl": b"someone else's",
+        folder / "checkpoint" / "w.bin": b"weights",
+        folder / "checkpoint" / "step-0000004" / "w.bin": b"weights",
+    }
+    if content is not None:
+        files[folder / "config.json"] = content if isinstance(content, bytes) else content.encode()
+    for path, held in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(held)
+    with pytest.raises(ValueError, match=said) as caught:
+        open_run(dataclasses.replace(config, overwrite=overwrite))
+    assert "\n" not in str(caught.value)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == files
+    with pytest.raises((FileNotFoundError, ValueError), match=r"no run to resume|not a config"):
         open_run(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (b"[1]\n", 'line 2 is not an object with a "step"'),
+        (b'{"loss": 1.0}\n', 'line 2 is not an object with a "step"'),
+        (b'{"step": "1"}\n', 'line 2 is not an object with a "step"'),
+        (b'{"step": 1, "\xff": 2}\n', "damaged"),
+    ],
+)
+def test_damaged_metrics_are_named(config, damage, said):
+    run, _ = open_run(config)
+    append_metrics(run, {"step": 1})
+    with open(run.metrics, "ab") as file:
+        file.write(damage)
+    held = run.metrics.read_bytes()
+    with pytest.raises(ValueError, match=said) as caught:
+        train_semisup(dataclasses.replace(config, resume=True))
+    assert str(run.metrics) in str(caught.value)
+    assert run.metrics.read_bytes() == held
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"config": {}}', '{"config": {"lr_drops": [0]}}'])

@@ -21,6 +21,11 @@ from torch import Tensor, nn
 
 _NAME = re.compile(r"step-(\d+)")
 _PARTIAL = ".partial"
+# What torch.load and the optimiser raise for a file that is damaged or holds something else.
+_UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
+    *(AttributeError, LookupError, TypeError, ValueError),
+)
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,21 @@ def save_checkpoint(
             f"{target}: could not write the checkpoint ({error}); "
             + (f"{kept.name} is still there" if kept else "there was none before it")
         ) from error
-    for path in folder.iterdir():
-        if path != target and _NAME.fullmatch(path.name.removesuffix(_PARTIAL)):
+    for path in _all_in(folder):
+        if path != target:
             shutil.rmtree(path, ignore_errors=True)
     return target
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints in the folder, complete or not, and nothing else.
+
+    Raises:
+        OSError: If one could not be removed.
+    """
+    if folder.is_dir():
+        for path in _all_in(folder):
+            shutil.rmtree(path)
 
 
 def load_checkpoint(
@@ -134,7 +150,7 @@ def load_checkpoint(
         saved: dict[str, Any] = torch.load(training_path, map_location=device, weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
         return TrainingState(saved["step"], saved["sums"], saved["summed_steps"], saved["seconds"])
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{training_path}: cannot be loaded: {_first_line(error)}") from error
 
 
@@ -153,6 +169,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _all_in(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if _NAME.fullmatch(p.name.removesuffix(_PARTIAL))]
 
 
 def _step_of(path: Path) -> int:

@@ -49,9 +49,11 @@ class SemisupConfig:
     name: str = "auto"
     """Name of the run's folder in --out-dir. "auto": semisup-<data>-seed<seed>."""
     resume: bool = False
-    """Continue the run in its folder, with its flags; --steps may grow."""
+    """Continue the run in its folder, with its flags; --steps may grow. Without a checkpoint there
+    it starts over, and says so."""
     overwrite: bool = False
-    """Replace the run in its folder."""
+    """Replace the run in its folder; other files stay. If its config.json is damaged, remove the
+    folder by hand."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. "auto": the GPU if torch sees one."""
     threads: int = 0

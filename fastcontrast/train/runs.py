@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import platform
-import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastcontrast.train.checkpoints import write_atomically
+from fastcontrast.train.checkpoints import remove_checkpoints, write_atomically
 from fastcontrast.train.config import RUN_FIELDS, SemisupConfig
+
+_RECIPE = "semisup"
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ def open_run(config: SemisupConfig) -> tuple[RunFolder, SemisupConfig]:
         ``steps`` stay where they were when ``steps`` grows.
 
     Raises:
-        ValueError: If the folder is in use and neither ``resume`` nor ``overwrite`` is given, if it
-            is not a run's folder, or if the configuration conflicts with the run to be continued.
+        ValueError: If the folder is in use and neither ``resume`` nor ``overwrite`` is given, if
+            its config.json does not say that it is a run of this recipe, or if the configuration
+            conflicts with the run to be continued.
         FileNotFoundError: If there is nothing to resume.
     """
     run = folder_of(config)
@@ -97,18 +99,17 @@ def open_run(config: SemisupConfig) -> tuple[RunFolder, SemisupConfig]:
     if run.path.exists() and not run.path.is_dir():
         raise ValueError(f"{run.path}: is a file; wanted a folder for the run")
     if run.path.is_dir() and any(run.path.iterdir()):
+        _require_run(run)
         if not config.overwrite:
             raise ValueError(
                 f"{run.path}: there is a run already; continue it with --resume, "
                 "replace it with --overwrite, or choose another --name"
             )
-        if not run.config.is_file():
-            raise ValueError(f"{run.path}: not a run's folder (no config.json); not overwritten")
         _clear(run)
     run.path.mkdir(parents=True, exist_ok=True)
     started = dataclasses.replace(config, data=_absolute(config.data), lr_drops=config.drop_steps)
     fields = _saved_fields(started)
-    content = {"recipe": "semisup", "seed": config.seed, **_environment(), "config": fields}
+    content = {"recipe": _RECIPE, "seed": config.seed, **_environment(), "config": fields}
     _write_json(run.config, content)
     return run, started
 
@@ -161,15 +162,24 @@ def read_metrics(run: RunFolder, last_step: int | None = None) -> list[dict[str,
 
     Returns:
         The records in order; empty if there is no file.
+
+    Raises:
+        ValueError: If a line is not a record with its step; the message names file and line.
     """
     if not run.metrics.is_file():
         return []
+    try:
+        lines = run.metrics.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{run.metrics}: damaged ({error})") from error
     records = []
-    for line in run.metrics.read_text("utf-8").splitlines():
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f'{run.metrics}: line {number} is not an object with a "step"')
         if last_step is None or record["step"] <= last_step:
             records.append(record)
     return records
@@ -199,9 +209,28 @@ def _absolute(data: str) -> str:
     return data if data == "sample" else str(Path(data).resolve())
 
 
+def _require_run(run: RunFolder) -> None:
+    """Refuse a folder in use whose config.json does not say that this recipe wrote it."""
+    content = None
+    if run.config.is_file():
+        try:
+            content = json.loads(run.config.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{run.config}: damaged ({error}), so whose folder it is cannot be told; "
+                "remove the folder by hand or choose another --name"
+            ) from error
+    if not isinstance(content, dict) or content.get("recipe") != _RECIPE:
+        raise ValueError(
+            f"{run.path}: the folder exists and is not a run of this command; "
+            "choose another --name or --out-dir"
+        )
+
+
 def _clear(run: RunFolder) -> None:
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-    for path in (run.metrics, run.embeddings, run.curve, run.embedding, run.config):
+    """Remove what a run wrote and nothing else; config.json stays until it is replaced."""
+    remove_checkpoints(run.checkpoints)
+    for path in (run.metrics, run.embeddings, run.curve, run.embedding):
         path.unlink(missing_ok=True)
 
 

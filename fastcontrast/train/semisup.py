@@ -232,7 +232,7 @@ def train(job: Job) -> Result:
     Raises:
         NonFiniteLossError: If the loss became NaN or infinite.
         OSError: If something could not be written; the previous checkpoint is kept.
-        ValueError: If the checkpoint to resume from is damaged.
+        ValueError: If the checkpoint or the metrics to resume from are damaged.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(job.config.threads or threads)
@@ -344,15 +344,18 @@ def _write_results(job: Job, result: Result, test: Tensor, labelled: Tensor) -> 
 
 
 def _announce(job: Job, state: TrainingState) -> None:
-    config, dataset = job.config, job.dataset
+    config, dataset, start = job.config, job.dataset, ""
+    if state.step:
+        start = f"\ncontinuing after step {state.step:,}"
+    elif config.resume:
+        start = f"\nno checkpoint in {job.run.checkpoints}: starting over from step 0"
     labels, unlabelled = job.split.labelled.size, len(job.split.unlabelled)
     print(
         f"{dataset.name}: {labels:,} labelled and {unlabelled:,} unlabelled training images, "
         f"{len(dataset.test_images):,} test images\n"
         f"{config.steps:,} steps of {config.batch_size} labelled + {config.batch_size} unlabelled "
         f"images + {dataset.num_classes} anchors on {job.device} "
-        f"({torch.get_num_threads()} threads), in {job.run.path}"
-        + (f"\ncontinuing after step {state.step:,}" if state.step else ""),
+        f"({torch.get_num_threads()} threads), in {job.run.path}{start}",
         flush=True,
     )
 
