@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import GRADIENT_FLOOR, NEAR_PAIR, VALUE_FLOOR, relative_error
+from tolerances import GRADIENT_FLOOR, NEAR_MULTIPLE, NEAR_PAIR, VALUE_FLOOR, relative_error
 from torch import Tensor
 from variants import on_every_backend
 
@@ -91,13 +93,13 @@ def near_score_error(metric: str, dtype: torch.dtype, dim: int) -> float:
     """Largest error of a score by the Gram identity, in nats, for points of norm about sqrt(dim).
 
     d² is off by about 4 eps (‖x‖²+‖y‖²); for d the worst pair is the one just above the limit
-    d² = 1024 eps (‖x‖²+‖y‖²), below which the difference is taken. Sums of exponentials add eps.
+    d² = NEAR_MULTIPLE eps (‖x‖²+‖y‖²), below which the difference is taken. Sums add eps.
     """
     eps, norms = torch.finfo(dtype).eps, 2 * 1.3 * dim
     squared = 4 * eps * norms
-    return 8 * eps + (
-        squared if metric == "sqeuclidean" else squared / 2 / (1024 * eps * norms) ** 0.5
-    )
+    if metric == "sqeuclidean":
+        return 8 * eps + squared
+    return 8 * eps + squared / 2 / (NEAR_MULTIPLE[dtype] * eps * norms) ** 0.5
 
 
 @every_backend
@@ -122,7 +124,7 @@ def test_near_pairs_in_the_stream(
     for mine, true in zip(
         gradients(r.lse.sum(), x, y), gradients(t.lse.sum(), xd, yd), strict=True
     ):
-        assert relative_error(mine, true) < NEAR_PAIR
+        assert relative_error(mine, true) < NEAR_PAIR[dtype]
 
 
 @every_backend
@@ -250,7 +252,7 @@ def test_rounding_of_operands() -> None:
     assert torch.equal(_rounded(x, "ieee"), x)
     special = torch.tensor([torch.inf, -torch.inf, torch.nan])
     for precision in ("tf32", "bf16", "bf16x3"):
-        assert torch.isinf(_rounded(special[:2], "tf32")).all()
+        assert torch.isinf(_rounded(special[:2], precision)).all()
         assert torch.isnan(_rounded(special, precision)[2])
 
 
@@ -291,6 +293,33 @@ def test_auto_precision_follows_torch(backend: str) -> None:
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("cuda.matmul", "tf32"), ("mkldnn.matmul", "bf16"), ("mkldnn.matmul", "ieee"),
+     ("mkldnn", "bf16")],
+)  # fmt: skip
+def test_the_newer_precision_settings(setting: str, value: str) -> None:
+    """Torch refuses to mix its two APIs; in a process of its own, because the state is global."""
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        pytest.skip("this torch has the older setting only")
+    code = f"""
+import torch, fastcontrast as fc
+torch.manual_seed(0)
+x, y = torch.randn(90, 300), torch.randn(90, 300)
+expected = fc.info_nce_loss(x.double(), y.double())
+torch.backends.{setting}.fp32_precision = "{value}"
+before = torch.backends.mkldnn.matmul.fp32_precision
+loss = fc.info_nce_loss(x.requires_grad_(), y, backend="native")
+loss.backward()
+assert abs(loss.item() - expected.item()) < 1e-5, (loss, expected)
+assert torch.backends.mkldnn.matmul.fp32_precision == before
+fc.info_nce_loss(x, y, backend="reference", precision="auto").backward()
+"""
+    if native.IMPORT_PROBLEM is not None:
+        pytest.skip(native.IMPORT_PROBLEM)
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @every_backend
 @pytest.mark.parametrize("precision", ["tf32", "bf16x3", "bf16"])
 def test_float64_is_never_rounded(precision: str, backend: str) -> None:
@@ -327,6 +356,27 @@ def test_two_runs_and_thread_counts_are_bit_equal(metric: str, backend: str) -> 
             assert torch.equal(a, c)
 
 
+@every_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", [(2000, 7, 512), (7, 2000, 64), (300, 400, 20)])
+def test_runs_are_bit_equal_without_deterministic_mode(
+    shape: tuple[int, int, int], reduction: str, backend: str
+) -> None:
+    """As users run: torch's deterministic mode, which poisons memory here, also hides atomics."""
+    torch.use_deterministic_algorithms(False)
+    m, n, d = shape
+    x, y, target = torch.randn(m, d), torch.randn(n, d), torch.randint(n, (m,))
+
+    def run() -> list[Tensor]:
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+        loss = info_nce_loss(a, b, target, reduction=reduction, backend=backend)
+        return [loss, *gradients(loss.sum(), a, b)]
+
+    first = run()
+    for _ in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
 # Rule 7: NaN and inf.
 
 
@@ -343,8 +393,13 @@ def test_non_finite_inputs_show(side: str, value: float, metric: str, backend: s
         assert finite.tolist() == [i != 2 for i in range(6)]
     elif math.isnan(value):  # the sum of every row
         assert bool(torch.isnan(lse).all())
-    elif metric == "dot":
-        assert not bool(finite.any()) or bool((x[finite, 1] * value < 0).all())
+    elif metric == "dot":  # the score of row i is x_i1 · inf
+        assert torch.equal(lse == torch.inf, x[:, 1] * value > 0)
+        assert torch.equal(finite, x[:, 1] * value < 0)
+    else:  # infinitely far from every row: it does not count
+        others = torch.cat([y[:2], y[3:]])
+        expected = distance_softmax(x, others, metric=metric, backend="reference").lse
+        assert relative_error(lse, expected) < VALUE_FLOOR[torch.float32]
 
 
 @every_backend
@@ -364,41 +419,3 @@ def test_addresses_are_64_bit() -> None:
     assert _address(matrix, slice(2**32, None)) == matrix.data_ptr()
     column = torch.empty(0, dtype=torch.float32).as_strided((0, 1), (2**21, 1))
     assert _address(column, slice(2**20, None)) - column.data_ptr() == 2**43
-
-
-# Rule 8: double backward.
-
-
-@every_backend
-@pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "dot", "cosine"])
-def test_double_backward_goes_through_the_reference(metric: str, backend: str) -> None:
-    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
-    temperature = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
-
-    def loss(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
-        return info_nce_loss(x, y, metric=metric, temperature=temperature, backend=backend)
-
-    assert torch.autograd.gradgradcheck(loss, (x, y, temperature))
-
-
-@every_backend
-def test_double_backward_of_the_operator_raises(backend: str) -> None:
-    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    lse, *_ = torch.ops.fastcontrast.distance_softmax(
-        x,
-        x.detach(),
-        torch.tensor(1.0),
-        "l2",
-        None,
-        None,
-        None,
-        "all",
-        None,
-        False,
-        "ieee",
-        backend,
-    )
-    (dx,) = torch.autograd.grad(lse.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward works in eager mode"):
-        dx.sum().backward()

@@ -22,9 +22,10 @@ GRADIENT_FLOOR = {torch.float32: 2e-5, torch.float64: 4e-12}
 for _half in (torch.bfloat16, torch.float16):
     VALUE_FLOOR[_half] = VALUE_FLOOR[torch.float32]
     GRADIENT_FLOOR[_half] = torch.finfo(_half).eps
-# Pairs nearer than the limit of DESIGN rule 2 are recomputed; those just above it carry a relative
-# error of up to 1/1024 in d², so of 5e-4 in d and in the direction that the pair contributes.
-NEAR_PAIR = 5e-4
+# Pairs nearer than the limit of rule 2 are recomputed; those just above it carry a relative error
+# of up to 2^-10 (float32) or 2^-26 (float64) in d², half of it in d and in what the pair adds.
+NEAR_MULTIPLE = {torch.float32: 2.0**10, torch.float64: 2.0**26}
+NEAR_PAIR = {dtype: 0.5 / multiple for dtype, multiple in NEAR_MULTIPLE.items()}
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -59,7 +59,8 @@ FC_INLINE SoftmaxState merge(SoftmaxState a, SoftmaxState b) {
   if (a.max == -INFINITY && a.sum == 0.0) return b;
   if (b.max == -INFINITY && b.sum == 0.0) return a;
   const double max = a.max < b.max ? b.max : a.max;
-  const double da = a.max - max, db = b.max - max;
+  const double da = a.max == max ? 0.0 : a.max - max;  // also where both are infinite
+  const double db = b.max == max ? 0.0 : b.max - max;
   // A state of -inf columns alone (all infinitely far) carries no mass beside a finite one.
   const double fa = da == -INFINITY ? 0.0 : exp2(da), fb = db == -INFINITY ? 0.0 : exp2(db);
   SoftmaxState out;

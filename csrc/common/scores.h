@@ -25,10 +25,10 @@ FC_INLINE double square_root(double x) { return sqrt(x); }
 
 // A squared distance by the Gram identity, ‖x‖²+‖y‖²-2x·y, is off by a few eps·(‖x‖²+‖y‖²). Pairs
 // closer than near_fraction()·(‖x‖²+‖y‖²) are recomputed from the difference x-y, so that what
-// stays has a relative error of at most about 1/1024 in d², half of that in d.
-constexpr double NEAR_MULTIPLE = 1024.0;
-FC_INLINE float near_fraction(float) { return (float)NEAR_MULTIPLE * FLT_EPSILON; }
-FC_INLINE double near_fraction(double) { return NEAR_MULTIPLE * DBL_EPSILON; }
+// stays has a relative error of at most about 1/1024 in d² (float) or 2^-26 (double, where being
+// exact matters more than speed), half of that in d.
+FC_INLINE float near_fraction(float) { return 1024.0f * FLT_EPSILON; }
+FC_INLINE double near_fraction(double) { return 67108864.0 * DBL_EPSILON; }
 
 // d² from a dot product; negative rounding residue becomes 0, NaN stays NaN.
 template <typename T>

@@ -37,6 +37,11 @@ FC_INLINE SoftmaxState row_state(const Tile<T>& tile, int64_t row) {
   T max = T(-INFINITY);
 #pragma omp simd reduction(max : max)
   for (int64_t j = 0; j < tile.columns; ++j) max = t[j] > max ? t[j] : max;
+  if (max == T(INFINITY)) {  // lse is inf, unless there is a NaN as well
+    double mass = 1.0;
+    for (int64_t j = 0; j < tile.columns; ++j) mass = t[j] == t[j] ? mass : NAN;
+    return SoftmaxState{INFINITY, mass, 0.0};
+  }
   const T base = max == T(-INFINITY) ? T(0) : max;
   const T floor = smallest_exponent(T(0));
   double sum = 0, weighted = 0;
@@ -245,7 +250,10 @@ bool loss(const Tile<T>& tile, const RowLoss<T>& rows, const TileGradient<T>& gr
           from.grad_lse = (T)(a * sigmoid);
           const T weight =
               pair_weight<metric>(-from.grad_lse, t, tile.scale, tile.scale * T(LOG2_E));
-          if (weight != T(0) && !append(pairs, NearPair<T>{row, column, weight})) failed = true;
+          if (weight != T(0) && !append(pairs, NearPair<T>{row, column, weight})) {
+#pragma omp atomic write
+            failed = true;
+          }
           grad.score_product[row] -= (double)from.grad_lse * positive;
         }
         rows.loss[row] = (T)(cross_entropy + (b == 0.0 ? 0.0 : b * row_entropy));

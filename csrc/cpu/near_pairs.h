@@ -1,4 +1,4 @@
-// Pairs nearer than the Gram identity can tell (NEAR_MULTIPLE in common/scores.h): their gradient
+// Pairs nearer than the Gram identity can tell (near_fraction in common/scores.h): their gradient
 // is added directly, because w(x-y) taken as the difference of two large products would lose it.
 // Included by kernel files only, like score_rows.h.
 #pragma once

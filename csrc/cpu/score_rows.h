@@ -32,7 +32,7 @@ FC_INLINE bool score_span(const Tile<T>& tile, int64_t row, int64_t begin, int64
     if (metric != Metric::dot) {
       const T norms = xs + ys[j];
       value = squared_distance(value, xs, ys[j]);
-      close = value < fraction * norms ? 1 : 0;
+      close = value >= fraction * norms ? 0 : 1;  // NaN, as from inf - inf, is close
     }
     T score = score_log2<metric>(value, scale2);
     if (masked) {
@@ -50,7 +50,8 @@ template <Metric metric, typename T>
 FC_INLINE bool is_near(const Tile<T>& tile, int64_t row, int64_t column, T t) {
   if (metric == Metric::dot || t == T(-INFINITY)) return false;
   const T d2 = squared_distance_from_score<metric>(t, tile.scale * T(LOG2_E));
-  return d2 < near_fraction(T(0)) * (tile.x_sqnorm[row] + tile.y_sqnorm[column]) || t == T(0);
+  const T limit = near_fraction(T(0)) * (tile.x_sqnorm[row] + tile.y_sqnorm[column]);
+  return !(d2 >= limit) || t == T(0);
 }
 
 // t of one pair from its two points, without the GEMM.
@@ -86,8 +87,9 @@ template <typename T>
 FC_INLINE Gaps gaps_of_row(const Tile<T>& tile, int64_t row) {
   Gaps gaps{{0, 0}, 0};
   for (int64_t e = 0; e < tile.exclude_count; ++e) {
-    const int64_t column = tile.exclude[row * tile.exclude_count + e] - tile.first_column;
-    if (column < 0 || column >= tile.columns) continue;
+    const int64_t global = tile.exclude[row * tile.exclude_count + e];
+    if (global < tile.first_column || global >= tile.first_column + tile.columns) continue;
+    const int64_t column = global - tile.first_column;
     if (gaps.count == 1 && gaps.column[0] == column) continue;
     gaps.column[gaps.count++] = column;
   }

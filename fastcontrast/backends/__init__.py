@@ -7,6 +7,7 @@ Called by ``fastcontrast/ops``. A backend is a package in this folder with a fun
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -74,8 +75,13 @@ def available_backends(
 def run(backend: str, function: str, tensor: Tensor, *args: Any) -> Any:
     """Call a kernel entry of ``backend`` with autocast off: kernels choose their own dtypes."""
     entry = getattr(BACKENDS[backend], function)
-    device_type = tensor.device.type
-    if torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return entry(tensor, *args)
-    return entry(tensor, *args)
+    with autocast_off(tensor.device.type):
+        return entry(tensor, *args)
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[Any]:
+    """Switch autocast off for a device, at no cost where it is off."""
+    available = torch.amp.is_autocast_available(device_type)
+    if available and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

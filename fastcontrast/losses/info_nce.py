@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.losses.reduction import REDUCTIONS, softplus
+from fastcontrast.losses.reduction import REDUCTIONS
 from fastcontrast.ops.checks import (
     METRICS,
     check_choice,
     check_indices,
     check_operands,
-    check_scale,
+    inverse_temperature,
 )
-from fastcontrast.ops.distance_softmax import accumulator_dtype, distance_softmax, normalized
-from fastcontrast.ops.pairs import paired_scores
-from fastcontrast.ops.softmax_loss import softmax_loss
+from fastcontrast.ops.distance_softmax import accumulator_dtype, normalized
+from fastcontrast.ops.softmax_loss import LossWeights, row_losses_of, softmax_loss
 
 
 def info_nce_loss(
@@ -48,7 +47,8 @@ def info_nce_loss(
         query: Queries [M, D], float16, bfloat16, float32 or float64.
         key: Keys [N, D], on the same device.
         target: Column index of each query's key, integer [M]; None for the diagonal (N >= M: keys
-            beyond the first M are further negatives).
+            beyond the first M are further negatives). On a GPU and under ``torch.compile`` the
+            range is not checked.
         metric: ``"l2"``, ``"sqeuclidean"``, ``"cosine"`` or ``"dot"``.
         temperature: Distance (or similarity) that changes a score by one nat. Positive; a number or
             a 0-dim tensor, which receives its gradient.
@@ -74,8 +74,8 @@ def info_nce_loss(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("metric", metric, METRICS)
-    check_scale("temperature", temperature)
     check_operands("query", query, "key", key)
+    scale = inverse_temperature(temperature, query, key)
     m, n = query.shape[0], key.shape[0]
     if metric == "cosine":
         query, key, metric = normalized(query), normalized(key), "dot"
@@ -87,24 +87,19 @@ def info_nce_loss(
         target = torch.arange(m, device=query.device)
     else:
         target = check_indices("target", target, query, 0, n, "a key's index")
-    options = {"metric": metric, "scale": 1.0 / temperature}
-    if reduction == "none":
-        others = distance_softmax(
-            query, key, exclude=target, precision=precision, backend=backend, **options
-        )
-        return softplus(others.lse - paired_scores(query, key[target], **options))
     weight = 1.0 / max(1, m) if reduction == "mean" else 1.0
-    return softmax_loss(
+    dtype = accumulator_dtype(torch.promote_types(query.dtype, key.dtype))
+    weights = LossWeights(torch.full((m,), weight, dtype=dtype, device=query.device), None)
+    loss = row_losses_of if reduction == "none" else softmax_loss
+    return loss(
         query,
         key,
         target,
-        cross_entropy_weight=torch.full(
-            (m,), weight, dtype=accumulator_dtype(query.dtype), device=query.device
-        ),
-        entropy_weight=None,
+        weights,
+        metric=metric,
+        scale=scale,
         precision=precision,
         backend=backend,
-        **options,
     )
 
 

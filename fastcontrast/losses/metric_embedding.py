@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.losses.reduction import REDUCTIONS, softplus
-from fastcontrast.ops.checks import check_choice, check_indices, check_operands, check_scale
-from fastcontrast.ops.distance_softmax import accumulator_dtype, distance_softmax
-from fastcontrast.ops.pairs import paired_scores
-from fastcontrast.ops.softmax_loss import softmax_loss
+from fastcontrast.losses.reduction import REDUCTIONS
+from fastcontrast.ops.checks import (
+    check_choice,
+    check_indices,
+    check_operands,
+    inverse_temperature,
+)
+from fastcontrast.ops.distance_softmax import accumulator_dtype
+from fastcontrast.ops.softmax_loss import LossWeights, row_losses_of, softmax_loss
 
 
 def metric_embedding_loss(
@@ -66,38 +70,35 @@ def metric_embedding_loss(
         tensor([0.3133, 0.6931])
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    check_scale("temperature", temperature)
     check_operands("embeddings", embeddings, "anchors", anchors)
+    scale = inverse_temperature(temperature, embeddings, anchors)
+    if not isinstance(unlabelled_weight, (int, float)):
+        raise TypeError(
+            f"unlabelled_weight must be a number, got {type(unlabelled_weight).__name__}"
+        )
     classes = anchors.shape[0]
     if classes == 0:
         raise ValueError("anchors must hold at least one class, got shape [0, D]")
     targets = check_indices("targets", targets, embeddings, -1, classes, "-1 = unlabelled")
-    metric, scale = "sqeuclidean" if squared else "l2", 1.0 / temperature
-    options = {"metric": metric, "scale": scale}
     labelled = targets >= 0
-    if reduction == "none":
-        # -1 excludes nothing, so one pass serves both kinds of row.
-        rows = distance_softmax(
-            embeddings, anchors, exclude=targets, precision=precision, backend=backend, **options
-        )
-        own_score = paired_scores(embeddings, anchors[targets.clamp(min=0)], **options)
-        cross_entropy = torch.where(labelled, softplus(rows.lse - own_score), 0.0)
-        return cross_entropy + unlabelled_weight * torch.where(labelled, 0.0, rows.entropy)
-    weight = labelled.to(accumulator_dtype(embeddings.dtype))
+    dtype = accumulator_dtype(torch.promote_types(embeddings.dtype, anchors.dtype))
+    weight = labelled.to(dtype)
     rest = unlabelled_weight * (1.0 - weight)
     if reduction == "mean":
         count = labelled.sum()
         weight = weight / count.clamp(min=1)
         rest = rest / (targets.shape[0] - count).clamp(min=1)
-    return softmax_loss(
+    # -1 excludes nothing, so one pass serves both kinds of row.
+    loss = row_losses_of if reduction == "none" else softmax_loss
+    return loss(
         embeddings,
         anchors,
         targets,
-        cross_entropy_weight=weight,
-        entropy_weight=rest,
+        LossWeights(weight, rest),
+        metric="sqeuclidean" if squared else "l2",
+        scale=scale,
         precision=precision,
         backend=backend,
-        **options,
     )
 
 

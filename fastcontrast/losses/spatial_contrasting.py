@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastcontrast.losses.info_nce import info_nce_loss
+from fastcontrast.ops.checks import check_operands
 
 
 def spatial_contrasting_loss(
@@ -54,15 +55,12 @@ def spatial_contrasting_loss(
         >>> spatial_contrasting_loss(same, same)  # nothing to tell apart: log 4
         tensor(1.3863)
     """
-    if isinstance(anchors, Tensor) and isinstance(positives, Tensor):
-        if anchors.shape != positives.shape:
-            raise ValueError(
-                "anchors and positives must have the same shape [M, D], "
-                f"got {list(anchors.shape)} and {list(positives.shape)}"
-            )
-    else:
-        wrong = positives if isinstance(anchors, Tensor) else anchors
-        raise TypeError(f"anchors and positives must be tensors, got {type(wrong).__name__}")
+    check_operands("anchors", anchors, "positives", positives)
+    if anchors.shape != positives.shape:
+        raise ValueError(
+            "anchors and positives must have the same shape [M, D], "
+            f"got {list(anchors.shape)} and {list(positives.shape)}"
+        )
 
     def one_direction(query: Tensor, key: Tensor) -> Tensor:
         return info_nce_loss(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fastcontrast.backends.scores import METRICS as backend_metrics
+from fastcontrast.backends.scores import PRECISIONS, accumulator_dtype
 
 METRICS = (*backend_metrics, "cosine")  # what users may ask for; backends see cosine as dot
+PRECISION_CHOICES = ("auto", *PRECISIONS)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -56,6 +58,25 @@ def check_scale(name: str, value: float | Tensor) -> None:
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
     if not 0.0 < number < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {number}")
+
+
+def inverse_temperature(temperature: float | Tensor, *operands: Tensor) -> float | Tensor:
+    """1 / temperature in the accumulator dtype of the operands; raises if that is not positive."""
+    check_scale("temperature", temperature)
+    dtype = operands[0].dtype
+    for operand in operands[1:]:
+        dtype = torch.promote_types(dtype, operand.dtype)
+    dtype = accumulator_dtype(dtype)
+    if isinstance(temperature, Tensor):
+        scale = 1.0 / temperature.to(dtype)
+        if scale.device.type != "cpu" or torch.compiler.is_compiling():
+            return scale
+        number = float(scale.detach())
+    else:
+        scale = number = 1.0 / temperature
+    if not number <= torch.finfo(dtype).max:
+        raise ValueError(f"temperature must not be so small that 1/temperature overflows {dtype}")
+    return scale
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

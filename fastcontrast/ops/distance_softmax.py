@@ -11,6 +11,7 @@ Two ways lead there. Under ``torch.compile`` the call is the custom operator
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from fastcontrast.backends.scores import (
 )
 from fastcontrast.ops.checks import (
     METRICS,
+    PRECISION_CHOICES,
     check_choice,
     check_integers,
     check_operands,
@@ -125,7 +127,7 @@ def distance_softmax(
     x, y = x.to(dtype), y.to(dtype)
     check_choice("metric", metric, METRICS)
     check_choice("keep", keep, KEEPS)
-    check_choice("precision", precision, ("auto", *PRECISIONS))
+    check_choice("precision", precision, PRECISION_CHOICES)
     m, n = x.shape[0], y.shape[0]
     if exclude is not None:
         if isinstance(exclude, Tensor) and exclude.dim() == 1:
@@ -155,11 +157,11 @@ def distance_softmax(
             precision, backend,
         )  # fmt: skip
     else:
-        precision = effective_precision(precision, x.dtype)
+        precision = effective_precision(precision, x)
         scores = Scores(metric, scale, exclude, row_ids, column_ids, keep, precision)
         scale_input = scale if isinstance(scale, Tensor) else None
         lse, _, entropy, total, count, rank = _EagerDistanceSoftmax.apply(
-            x, y, scale_input, scores, threshold, score_sum, backend
+            x, y, scale_input, exclude, row_ids, column_ids, scores, threshold, score_sum, backend
         )
     return RowStatistics(
         lse,
@@ -181,15 +183,19 @@ def normalized(x: Tensor) -> Tensor:
     return torch.where(is_zero, 0.0, scaled * torch.where(is_zero, 1.0, squared).rsqrt())
 
 
-def effective_precision(precision: str, dtype: torch.dtype) -> str:
-    """What ``precision`` means for inputs of ``dtype``: "auto" follows torch's global setting."""
-    if dtype != torch.float32:
+def effective_precision(precision: str, x: Tensor) -> str:
+    """What ``precision`` means for operands like ``x``: "auto" follows torch's global setting."""
+    if x.dtype != torch.float32:
         return "ieee"
     if precision != "auto":
         return precision
-    return {"highest": "ieee", "high": "tf32", "medium": "bf16"}[
-        torch.get_float32_matmul_precision()
-    ]
+    try:
+        setting = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer per-device settings are in use
+        library = torch.backends.cuda if x.device.type == "cuda" else torch.backends.mkldnn
+        setting = getattr(library, "matmul").fp32_precision  # noqa: B009 (unknown to the stubs)
+        return setting if setting in PRECISIONS else "ieee"
+    return {"highest": "ieee", "high": "tf32", "medium": "bf16"}[setting]
 
 
 class _EagerDistanceSoftmax(torch.autograd.Function):
@@ -201,15 +207,20 @@ class _EagerDistanceSoftmax(torch.autograd.Function):
         x: Tensor,
         y: Tensor,
         scale: Tensor | None,
+        exclude: Tensor | None,
+        row_ids: Tensor | None,
+        column_ids: Tensor | None,
         scores: Scores,
         threshold: Tensor | None,
         score_sum: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
         out = backends.run(backend, "distance_softmax_forward", x, y, scores, threshold, score_sum)
-        ctx.save_for_backward(x, y, scale, out.lse, out.lse_residual, out.entropy)
-        # A tensor scale is kept by save_for_backward alone.
-        ctx.scores = scores if scale is None else scores._replace(scale=1.0)
+        # Every tensor goes here, so that a change in place is noticed.
+        ctx.save_for_backward(
+            x, y, scale, exclude, row_ids, column_ids, out.lse, out.lse_residual, out.entropy
+        )
+        ctx.scores = without_tensors(scores)
         ctx.backend = backend
         ctx.mark_non_differentiable(out.lse_residual, out.column_count, out.rank)
         ctx.set_materialize_grads(False)
@@ -217,12 +228,14 @@ class _EagerDistanceSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, y, scale, *statistics = ctx.saved_tensors
-        scores = ctx.scores if scale is None else ctx.scores._replace(scale=scale)
+        x, y, scale, exclude, row_ids, column_ids, *statistics = ctx.saved_tensors
+        scores = with_tensors(ctx.scores, scale, exclude, row_ids, column_ids)
         needs = tuple(ctx.needs_input_grad[:3])
         row_gradients = RowGradients(grads[0], grads[2], grads[3])
         if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate again
-            dx, dy, dscale = _differentiable_gradients(x, y, scores, row_gradients, needs)
+            dx, dy, dscale = differentiable_gradients(
+                differentiable_statistics, x, y, scores, row_gradients, needs
+            )
         else:
             dx, dy, dscale = backends.run(
                 ctx.backend, "distance_softmax_backward", x, y, scores, tuple(statistics),
@@ -231,28 +244,59 @@ class _EagerDistanceSoftmax(torch.autograd.Function):
         if scale is not None and dscale is not None:
             dscale = dscale.to(scale.dtype).to(scale.device)
         result = [d if need else None for d, need in zip((dx, dy, dscale), needs, strict=True)]
-        return (*result, None, None, None, None)
+        return (*result, *[None] * 7)
 
 
-def _differentiable_gradients(
-    x: Tensor, y: Tensor, scores: Scores, grads: RowGradients, needs: tuple[bool, ...]
+def without_tensors(scores: Scores) -> Scores:
+    """What an autograd context keeps of ``scores`` itself; its tensors are saved as tensors."""
+    scale = 1.0 if isinstance(scores.scale, Tensor) else scores.scale
+    return scores._replace(scale=scale, exclude=None, row_ids=None, column_ids=None)
+
+
+def with_tensors(
+    scores: Scores,
+    scale: Tensor | None,
+    exclude: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+) -> Scores:
+    """Undo :func:`without_tensors`."""
+    scores = scores._replace(exclude=exclude, row_ids=row_ids, column_ids=column_ids)
+    return scores if scale is None else scores._replace(scale=scale)
+
+
+def differentiable_gradients(
+    function: Callable[[Tensor, Tensor, Scores], Sequence[Tensor]],
+    x: Tensor,
+    y: Tensor,
+    scores: Scores,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients as functions of inputs and grads, by the reference path; O(M·N·D) memory."""
-    outputs = differentiable_statistics(x, y, scores)
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    inputs = [x, y, scores.scale]
-    wanted = [value for value, need in zip(inputs, needs, strict=True) if need]
-    if not pairs or not wanted:
-        return [None, None, None]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            create_graph=True,
-            materialize_grads=True,
+    """Gradients of x, y and a tensor scale as functions of inputs and grads, for double backward.
+
+    ``function(x, y, scores)`` is the reference path, differentiable any number of times.
+    """
+    # Views: a gradient must stop at x, also where y or scale was computed from it.
+    x, y = x.view_as(x), y.view_as(y)
+    if isinstance(scores.scale, Tensor):
+        scores = scores._replace(scale=scores.scale.view_as(scores.scale))
+    with backends.autocast_off(x.device.type):
+        outputs = function(x, y, scores)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+        inputs = [x, y, scores.scale]
+        wanted = [value for value, need in zip(inputs, needs, strict=True) if need]
+        if not pairs or not wanted:
+            return [None, None, None]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                wanted,
+                [g for _, g in pairs],
+                create_graph=True,
+                materialize_grads=True,
+            )
         )
-    )
     return [next(found) if need else None for need in needs]
 
 
@@ -280,7 +324,7 @@ def _distance_softmax_op(
     precision,
     backend,
 ):
-    precision = effective_precision(precision, x.dtype)
+    precision = effective_precision(precision, x)
     scores = Scores(metric, scale, exclude, row_ids, column_ids, keep, precision)
     out = backends.run(backend, "distance_softmax_forward", x, y, scores, threshold, score_sum)
     return tuple(out)
@@ -316,7 +360,7 @@ def _distance_softmax_backward_op(
     x, y, scale, metric, exclude, row_ids, column_ids, keep, precision, backend, lse,
     lse_residual, entropy, grad_lse, grad_entropy, grad_sum, needs,
 ):  # fmt: skip
-    precision = effective_precision(precision, x.dtype)
+    precision = effective_precision(precision, x)
     scores = Scores(metric, scale, exclude, row_ids, column_ids, keep, precision)
     grads = RowGradients(grad_lse, grad_entropy, grad_sum)
     dx, dy, dscale = backends.run(

@@ -1,5 +1,5 @@
-"""Scores of given pairs, for ``fastcontrast/losses``: one implementation serves every backend."""
+"""Distances of given pairs, for ``fastcontrast/losses``: one implementation serves every backend."""
 
-from fastcontrast.backends.reference.pairs import paired_distance, paired_scores
+from fastcontrast.backends.reference.pairs import paired_distance
 
-__all__ = ["paired_distance", "paired_scores"]
+__all__ = ["paired_distance"]

@@ -15,19 +15,28 @@ import torch
 from torch import Tensor
 
 from fastcontrast import backends
-from fastcontrast.backends.reference.distance_softmax import differentiable_loss, row_losses
-from fastcontrast.backends.scores import LossWeights, Scores
-from fastcontrast.ops.distance_softmax import distance_softmax, effective_precision
-from fastcontrast.ops.pairs import paired_scores
+from fastcontrast.backends.reference.distance_softmax import (
+    differentiable_loss,
+    positive_scores,
+    row_losses,
+)
+from fastcontrast.backends.scores import LossWeights, Scores, accumulator_dtype
+from fastcontrast.ops.checks import PRECISION_CHOICES, check_choice
+from fastcontrast.ops.distance_softmax import (
+    differentiable_gradients,
+    distance_softmax,
+    effective_precision,
+    with_tensors,
+    without_tensors,
+)
 
 
 def softmax_loss(
     x: Tensor,
     y: Tensor,
     target: Tensor,
+    weights: LossWeights,
     *,
-    cross_entropy_weight: Tensor | None,
-    entropy_weight: Tensor | None,
     metric: str,
     scale: float | Tensor,
     precision: str,
@@ -39,8 +48,7 @@ def softmax_loss(
         x: Rows [M, D], checked.
         y: Columns [N, D], checked.
         target: Column of each row's positive, int64 [M]; -1 for a row without one, whose a is 0.
-        cross_entropy_weight: a [M], or None for 0; carries no gradient.
-        entropy_weight: b [M], or None for 0; carries no gradient.
+        weights: a and b, each [M] or None for 0; they carry no gradient.
         metric: ``"l2"``, ``"sqeuclidean"`` or ``"dot"``.
         scale: See :func:`~fastcontrast.distance_softmax`.
         precision: See :func:`~fastcontrast.distance_softmax`.
@@ -49,23 +57,48 @@ def softmax_loss(
     Returns:
         The loss in nats, float32 (float64 for float64 inputs).
     """
-    weights = LossWeights(cross_entropy_weight, entropy_weight)
     differentiates = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in (x, y, scale)
     )
     if torch.compiler.is_compiling() or not differentiates:
-        rows = distance_softmax(
-            x, y, metric=metric, scale=scale, exclude=target, precision=precision, backend=backend
-        )
-        positive = paired_scores(x, y[target.clamp(min=0)], metric=metric, scale=scale)
-        return row_losses(rows.lse, rows.entropy, positive, weights).sum()
+        return row_losses_of(
+            x, y, target, weights, metric=metric, scale=scale, precision=precision, backend=backend
+        ).sum()
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = x.to(dtype), y.to(dtype)
+    check_choice("precision", precision, PRECISION_CHOICES)
     backend = backends.resolve("distance_softmax", x, backend)
-    precision = effective_precision(precision, dtype)
-    scores = Scores(metric, scale, target[:, None], None, None, "all", precision)
+    precision = effective_precision(precision, x)
+    exclude = target[:, None]
+    scores = Scores(metric, scale, exclude, None, None, "all", precision)
     scale_input = scale if isinstance(scale, Tensor) else None
-    return _GradientsInForward.apply(x, y, scale_input, scores, weights, backend)
+    return _GradientsInForward.apply(x, y, scale_input, exclude, *weights, scores, backend)
+
+
+def row_losses_of(
+    x: Tensor,
+    y: Tensor,
+    target: Tensor,
+    weights: LossWeights,
+    *,
+    metric: str,
+    scale: float | Tensor,
+    precision: str,
+    backend: str | None,
+) -> Tensor:
+    """Loss of every row [M], each with an upstream gradient of its own; arguments as above.
+
+    Operands reach the loss by two ways, through the op and as positives. Half ones are widened
+    first, so that the two gradients are added before they are rounded.
+    """
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    if dtype != accumulator_dtype(dtype):
+        x, y, precision = x.float(), y.float(), "ieee"
+    rows = distance_softmax(
+        x, y, metric=metric, scale=scale, exclude=target, precision=precision, backend=backend
+    )
+    scores = Scores(metric, scale, target[:, None], None, None, "all", precision)
+    return row_losses(rows.lse, rows.entropy, positive_scores(x, y, scores), weights)
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -77,32 +110,35 @@ class _GradientsInForward(torch.autograd.Function):
         x: Tensor,
         y: Tensor,
         scale: Tensor | None,
+        exclude: Tensor,
+        cross_entropy_weight: Tensor | None,
+        entropy_weight: Tensor | None,
         scores: Scores,
-        weights: LossWeights,
         backend: str,
     ) -> Tensor:
+        weights = LossWeights(cross_entropy_weight, entropy_weight)
         needs = tuple(ctx.needs_input_grad[:3])
         out = backends.run(backend, "softmax_loss", x, y, scores, weights, needs)
-        ctx.save_for_backward(x, y, scale, *out[1:])
-        # A tensor scale is kept by save_for_backward alone.
-        ctx.scores = scores if scale is None else scores._replace(scale=1.0)
-        ctx.weights = weights
+        ctx.save_for_backward(x, y, scale, exclude, *weights, *out[1:])
+        ctx.scores = without_tensors(scores)
         return out.loss.sum()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, *gradients = ctx.saved_tensors
+        x, y, scale, exclude, a, b, *gradients = ctx.saved_tensors
         (grad,) = upstream
-        needs, inputs = ctx.needs_input_grad[:3], (x, y, scale)
+        needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate again
-            scores = ctx.scores if scale is None else ctx.scores._replace(scale=scale)
-            loss = differentiable_loss(x, y, scores, ctx.weights)
-            wanted = [value for value, need in zip(inputs, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
-            return (*(next(found) if need else None for need in needs), None, None, None)
+            scores = with_tensors(ctx.scores, scale, exclude, None, None)
+
+            def loss(x: Tensor, y: Tensor, scores: Scores) -> list[Tensor]:
+                return [differentiable_loss(x, y, scores, LossWeights(a, b))]
+
+            found = differentiable_gradients(loss, x, y, scores, [grad], needs)
+            return (*found, *[None] * 5)
         # Scaled before they are rounded to a half input's dtype: a loss scaler relies on it.
         result = [
             (grad * d).to(device=value.device, dtype=value.dtype) if need else None
-            for value, d, need in zip(inputs, gradients, needs, strict=True)
+            for value, d, need in zip((x, y, scale), gradients, needs, strict=True)
         ]
-        return (*result, None, None, None)
+        return (*result, *[None] * 5)

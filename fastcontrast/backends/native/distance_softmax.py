@@ -202,8 +202,8 @@ class _Operands:
         tile: tuple[int, int] | None = None,
     ) -> None:
         self.tile_rows, self.tile_columns = tile or (TILE_ROWS, TILE_COLUMNS)
-        self.given_x = x.detach().to(dtype).contiguous()
-        self.given_y = y.detach().to(dtype).contiguous()
+        self.given_x = x.detach().to(dtype).resolve_neg().contiguous()
+        self.given_y = y.detach().to(dtype).resolve_neg().contiguous()
         self.x, self.y = self.given_x, self.given_y
         self.x_sqnorm = self.y_sqnorm = None
         self.suffix = "float64" if dtype == torch.float64 else "float32"
@@ -301,17 +301,23 @@ def _narrow_ids(rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor | N
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    """Full float32 products, whatever torch.set_float32_matmul_precision() allows.
+    """Full float32 products, whatever torch's global settings allow.
 
     Norms and dot products must come from operands rounded alike, and on CPU nothing is gained yet
     by rounding them.
     """
-    setting = torch.get_float32_matmul_precision()
-    if setting == "highest":
-        yield
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    if setting is None:  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
         return
-    torch.set_float32_matmul_precision("highest")
+    before = setting.fp32_precision
+    setting.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(setting)
+        setting.fp32_precision = before

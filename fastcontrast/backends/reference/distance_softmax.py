@@ -89,7 +89,7 @@ def softmax_loss(
     dtype = accumulator_dtype(x.dtype)
     x, y = x.to(dtype), y.to(dtype)
     statistics = distance_softmax_forward(x, y, scores, None, False)
-    a, target = weights.cross_entropy, _targets(scores)
+    a = weights.cross_entropy
     leaves = [
         x.detach().requires_grad_(needs[0]),
         y.detach().requires_grad_(needs[1]),
@@ -97,9 +97,7 @@ def softmax_loss(
     ]
     leaves[2].requires_grad_(needs[2])
     with torch.enable_grad():
-        positive = paired_scores(
-            leaves[0], leaves[1][target], metric=scores.metric, scale=leaves[2]
-        )
+        positive = positive_scores(leaves[0], leaves[1], scores._replace(scale=leaves[2]))
     grad_lse = torch.zeros_like(statistics.lse)
     if a is not None:
         grad_lse = torch.where(a == 0, 0.0, a * torch.sigmoid(statistics.lse - positive.detach()))
@@ -119,8 +117,7 @@ def softmax_loss(
 def differentiable_loss(x: Tensor, y: Tensor, scores: Scores, weights: LossWeights) -> Tensor:
     """Sum of the row losses, as a graph that can be differentiated any number of times."""
     lse, entropy, _ = differentiable_statistics(x, y, scores)
-    positive = paired_scores(x, y[_targets(scores)], metric=scores.metric, scale=scores.scale)
-    return row_losses(lse, entropy, positive, weights).sum()
+    return row_losses(lse, entropy, positive_scores(x, y, scores), weights).sum()
 
 
 def row_losses(lse: Tensor, entropy: Tensor, positive: Tensor, weights: LossWeights) -> Tensor:
@@ -135,11 +132,13 @@ def row_losses(lse: Tensor, entropy: Tensor, positive: Tensor, weights: LossWeig
     return loss
 
 
-def _targets(scores: Scores) -> Tensor:
-    """Column of each row's positive; any column where there is none."""
+def positive_scores(x: Tensor, y: Tensor, scores: Scores) -> Tensor:
+    """Score of each row's positive [M], the first of its ``exclude``; any where there is none."""
     if scores.exclude is None:
         raise ValueError("a loss needs the column of each row's positive")
-    return scores.exclude[:, 0].clamp(min=0).to(torch.int64)
+    # F.embedding, because the gradient of y[target] is not deterministic on two threads.
+    positives = F.embedding(scores.exclude[:, 0].clamp(min=0).to(torch.int64), y)
+    return paired_scores(x, positives, metric=scores.metric, scale=scores.scale)
 
 
 def differentiable_statistics(
