@@ -1,4 +1,4 @@
-"""Distances of given pairs, for ``fastcontrast/losses``: one implementation serves every backend."""
+"""Distances of given pairs, for ``fastcontrast/losses``: the same code for every backend."""
 
 from fastcontrast.backends.reference.pairs import paired_distance
 
