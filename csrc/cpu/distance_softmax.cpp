@@ -156,21 +156,26 @@ FC_INLINE void weigh_row(const Tile<T>& tile, const TileGradient<T>& grad, int64
   grad.row_sum[row] += row_sum;
 }
 
+// Sums of columns run in T over this many rows and in double from there.
+constexpr int64_t SUM_ROWS = 32;
+
 template <typename T>
 void add_column_sums(const Tile<T>& tile, double* column_sum) {
   constexpr int64_t CHUNK = 256;
   const int64_t chunks = (tile.columns + CHUNK - 1) / CHUNK;
 #pragma omp parallel for num_threads(tile.threads) if (tile.threads > 1) schedule(static)
   for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t begin = c * CHUNK;
-    const int64_t width = smaller(CHUNK, tile.columns - begin);
-    double sum[CHUNK] = {0};
-    for (int64_t row = 0; row < tile.rows; ++row) {
-      const T* w = tile.values + row * tile.columns + begin;
+    const int64_t first = c * CHUNK;
+    const int64_t width = smaller(CHUNK, tile.columns - first);
+    for (int64_t begin = 0; begin < tile.rows; begin += SUM_ROWS) {
+      T sum[CHUNK] = {0};
+      for (int64_t row = begin; row < smaller(begin + SUM_ROWS, tile.rows); ++row) {
+        const T* weights = tile.values + row * tile.columns + first;
 #pragma omp simd
-      for (int64_t j = 0; j < width; ++j) sum[j] += (double)w[j];
+        for (int64_t j = 0; j < width; ++j) sum[j] += weights[j];
+      }
+      for (int64_t j = 0; j < width; ++j) column_sum[first + j] += (double)sum[j];
     }
-    for (int64_t j = 0; j < width; ++j) column_sum[begin + j] += sum[j];
   }
 }
 
@@ -199,7 +204,7 @@ bool weigh_rows(const Tile<T>& tile, const TileGradient<T>& grad, const Visit& v
         visit_row(row, flags + run * tile.columns, lists + run);
       }
     }
-    add_column_sums(tile, grad.column_sum);
+    if (grad.column_sum) add_column_sums(tile, grad.column_sum);
     add_near_pairs<metric>(tile, grad, lists, runs);
     for (int run = 0; run < runs; ++run) free(lists[run].items);
   }

@@ -69,7 +69,7 @@ struct RowLoss {
 template <typename T>
 struct TileGradient {
   double* row_sum;        // [rows], += Σ_j c_ij
-  double* column_sum;     // [columns], += Σ_i c_ij
+  double* column_sum;     // [columns], or null: += Σ_i c_ij
   double* score_product;  // [rows], += Σ_j ∂L/∂s_ij · s_ij, the gradient of log(scale)
   T* grad_x;              // [rows, dim], or null: += gradients of the pairs outside the GEMM
   T* grad_y;              // [columns, dim], or null: the same

@@ -147,6 +147,7 @@ class _Gradients:
 
     def __init__(self, operands: _Operands, needs: tuple[bool, bool, bool]) -> None:
         self.operands, self.needs = operands, needs
+        self.sums_columns = operands.centred and needs[1]
         (m, dim), n = operands.x.shape, operands.y.shape[0]
         self.x = operands.x.new_zeros((m, dim) if needs[0] else (0,))
         self.y = operands.y.new_zeros((n, dim) if needs[1] else (0,))
@@ -157,7 +158,7 @@ class _Gradients:
         """Addresses for the C++ pass over one tile."""
         return {
             "row_sum": _address(self.row_sum, rows),
-            "column_sum": _address(self.column_sum, columns),
+            "column_sum": _address(self.column_sum, columns) if self.sums_columns else 0,
             "score_product": _address(self.score_product, rows),
             "grad_x": _address(self.x, rows) if self.needs[0] else 0,
             "grad_y": _address(self.y, columns) if self.needs[1] else 0,
