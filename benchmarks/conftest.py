@@ -1,15 +1,17 @@
 """Interleaved timing under pytest-benchmark, and the table of ratios at the end of a run.
 
-``pytest benchmarks`` runs everything; ``--benchmark-json=FILE`` keeps it. Every case times ours and
+``pytest benchmarks`` runs everything; ``--record FILE`` keeps the seconds of every round. Every case times ours and
 its peers in turn, round by round, so that a busy moment of the machine falls on all of them alike.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # As in tests/conftest.py: threads that spin while they wait disturb what is measured next.
@@ -23,13 +25,8 @@ _rows: list[dict[str, Any]] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, default=8, help="rounds of a case (default: 8)")
+    parser.addoption("--record", type=Path, help="write environment and all times to this file")
     parser.addoption("--threads", type=int, default=2, help="torch's threads (default: 2)")
-
-
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    from benchmarks.environment import describe
-
-    machine_info["fastcontrast"] = describe()
 
 
 @pytest.fixture
@@ -57,7 +54,6 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
         if control:
             row["drift"] = statistics.median(control) / min(control) - 1
         _rows.append(row)
-        benchmark.extra_info.update(row)
 
     return run
 
@@ -66,6 +62,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Minimum and median in ms of every implementation, and its ratio to the control."""
     if not _rows:
         return
+    config = terminalreporter.config
+    if config.getoption("--record"):
+        from benchmarks.environment import describe
+
+        command = " ".join(["pytest", *config.invocation_params.args])
+        record = {"command": command, "environment": describe(), "seconds": _rows}
+        config.getoption("--record").write_text(json.dumps(record, indent=1) + "\n")
     write = terminalreporter.write_line
     write("")
     write(f"ms minimum / median; x = minimum of the {CONTROL} over minimum; higher is better")
