@@ -1,7 +1,7 @@
 """Interleaved timing under pytest-benchmark, and the table of ratios at the end of a run.
 
-``pytest benchmarks`` runs everything; ``--record FILE`` keeps the seconds of every round. Every case times ours and
-its peers in turn, round by round, so that a busy moment of the machine falls on all of them alike.
+``pytest benchmarks`` runs everything; ``--record FILE`` keeps the seconds of every round. Every
+case times ours and its peers in turn, so that a busy moment of the machine falls on all alike.
 """
 
 from __future__ import annotations
