@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "common/macros.h"
+#include "common/scores.h"
 
 namespace fastcontrast {
 
@@ -74,14 +75,14 @@ FC_INLINE SoftmaxState merge(SoftmaxState a, SoftmaxState b) {
 // Natural logarithm of the sum of exponentials; -inf where nothing counted.
 FC_INLINE double log_sum_exp(SoftmaxState s) {
   if (s.sum == 0.0) return -INFINITY;
-  return (s.max + log2(s.sum)) * 0.6931471805599453;
+  return (s.max + log2(s.sum)) * LN_2;
 }
 
 // -Σ_j p_j log p_j in nats; 0 where nothing counted. Taken from the state, not as the difference of
 // two large numbers (log-sum-exp minus mean score).
 FC_INLINE double entropy(SoftmaxState s) {
   if (s.sum == 0.0) return 0.0;
-  return (log2(s.sum) - s.weighted / s.sum) * 0.6931471805599453;
+  return (log2(s.sum) - s.weighted / s.sum) * LN_2;
 }
 
 }  // namespace fastcontrast

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastcontrast.losses.reduction import REDUCTIONS, reduce, softplus
+from fastcontrast.losses.reduction import REDUCTIONS, reduce
 from fastcontrast.ops.checks import check_choice, check_operands
 from fastcontrast.ops.pairs import paired_distance
+from fastcontrast.ops.softmax_loss import softplus
 
 OBJECTIVES = ("mse", "nll")
 

@@ -19,6 +19,7 @@ from fastcontrast.backends.reference.distance_softmax import (
     differentiable_loss,
     positive_scores,
     row_losses,
+    softplus,
 )
 from fastcontrast.backends.scores import LossWeights, Scores, accumulator_dtype
 from fastcontrast.ops.checks import PRECISION_CHOICES, check_choice
@@ -29,6 +30,8 @@ from fastcontrast.ops.distance_softmax import (
     with_tensors,
     without_tensors,
 )
+
+__all__ = ["LossWeights", "row_losses_of", "softmax_loss", "softplus"]
 
 
 def softmax_loss(

@@ -28,7 +28,7 @@ from fastcontrast.backends.scores import (
 )
 
 # A tile of 512 × 2048 float32 takes 4 MiB, which a shared last-level cache holds; its 512 rows
-# are enough for the GEMMs W·Y and Wᵀ·X to run at full speed.
+# are enough for the GEMMs C·Y and Cᵀ·X to run at full speed.
 TILE_ROWS = 512
 TILE_COLUMNS = 2048
 # Scores of a block of rows in `softmax_loss`, 16 MiB in float32.

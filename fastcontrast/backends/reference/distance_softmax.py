@@ -125,11 +125,15 @@ def row_losses(lse: Tensor, entropy: Tensor, positive: Tensor, weights: LossWeig
     loss = torch.zeros_like(lse)
     a, b = weights
     if a is not None:
-        # F.softplus cuts off where its argument dwarfs 1; at 50 that is exact in float64.
-        loss = loss + torch.where(a == 0, 0.0, a * F.softplus(lse - positive, threshold=50.0))
+        loss = loss + torch.where(a == 0, 0.0, a * softplus(lse - positive))
     if b is not None:
         loss = loss + torch.where(b == 0, 0.0, b * entropy)
     return loss
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact over the whole range of float64 (PyTorch's default cuts off at 20)."""
+    return F.softplus(x, threshold=50.0)
 
 
 def positive_scores(x: Tensor, y: Tensor, scores: Scores) -> Tensor:
