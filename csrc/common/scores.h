@@ -20,6 +20,8 @@ enum class Metric { l2 = 0, sqeuclidean = 1, dot = 2 };
 constexpr double LOG2_E = 1.4426950408889634;
 constexpr double LN_2 = 0.6931471805599453;
 
+FC_INLINE float largest_finite(float) { return FLT_MAX; }
+FC_INLINE double largest_finite(double) { return DBL_MAX; }
 FC_INLINE float square_root(float x) { return sqrtf(x); }
 FC_INLINE double square_root(double x) { return sqrt(x); }
 

@@ -13,10 +13,6 @@ namespace cpu {
 namespace FASTCONTRAST_ISA {
 namespace {
 
-// Rows (and columns) are dealt to threads in `threads` contiguous runs, so that run r comes before
-// run r+1.
-FC_INLINE int64_t run_begin(int64_t rows, int run, int runs) { return rows * run / runs; }
-
 // A pair that is not in the GEMM, with its weight c of common/scores.h.
 template <typename T>
 struct NearPair {
@@ -52,8 +48,9 @@ FC_INLINE void add_pair(T* target, T weight, const T* from, const T* to, int64_t
   }
 }
 
-// Row gradients: list l owns its rows. Column gradients: a thread owns columns and reads all lists,
-// which are in the order of rows. One writer per gradient row, always in the same order.
+// Row gradients: list l owns its rows, which come before those of list l+1. Column gradients: a
+// thread owns columns and reads all lists, which are in the order of rows. One writer per gradient
+// row, always in the same order.
 template <Metric metric, typename T>
 void add_near_pairs(const Tile<T>& tile, const TileGradient<T>& grad, const NearPairs<T>* lists,
                     int runs) {
@@ -73,8 +70,8 @@ void add_near_pairs(const Tile<T>& tile, const TileGradient<T>& grad, const Near
 #pragma omp parallel for num_threads(runs) if (runs > 1) schedule(static)
   for (int run = 0; run < runs; ++run) {
     if (grad.grad_y) {
-      const int64_t begin = run_begin(tile.columns, run, runs);
-      const int64_t end = run_begin(tile.columns, run + 1, runs);
+      const int64_t begin = tile.columns * run / runs;
+      const int64_t end = tile.columns * (run + 1) / runs;
       for (int l = 0; l < runs; ++l) {
         for (int64_t k = 0; k < lists[l].size; ++k) {
           const NearPair<T> pair = lists[l].items[k];

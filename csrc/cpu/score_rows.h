@@ -1,10 +1,11 @@
-// Scores of one row of a tile, in place of its dot products. Included by kernel files only: all of
-// it lives in the namespace of one instruction set.
+// Scores of one row of a tile, in place of its dot products, and their softmax. Included by kernel
+// files only: all of it lives in the namespace of one instruction set.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
+#include "common/online_softmax.h"
 #include "common/scores.h"
 #include "cpu/distance_softmax.h"
 
@@ -134,6 +135,60 @@ int64_t counted_columns(const Tile<T>& tile, int64_t row) {
   }
   return count;
 }
+
+// Sums of a row run in T over this many columns and in double from there: eager PyTorch sums
+// pairwise, and plain float32 over a whole tile would be less exact than that.
+constexpr int64_t SUM_CHUNK = 256;
+
+FC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <typename T>
+FC_INLINE SoftmaxState row_state(const Tile<T>& tile, int64_t row) {
+  const T* t = tile.values + row * tile.columns;
+  T max = T(-INFINITY);
+#pragma omp simd reduction(max : max)
+  for (int64_t j = 0; j < tile.columns; ++j) max = t[j] > max ? t[j] : max;
+  if (max == T(INFINITY)) {  // lse is inf, unless there is a NaN as well
+    double mass = 1.0;
+    for (int64_t j = 0; j < tile.columns; ++j) mass = t[j] == t[j] ? mass : NAN;
+    return SoftmaxState{INFINITY, mass, 0.0};
+  }
+  const T base = max == T(-INFINITY) ? T(0) : max;
+  const T floor = smallest_exponent(T(0));
+  double sum = 0, weighted = 0;
+  for (int64_t begin = 0; begin < tile.columns; begin += SUM_CHUNK) {
+    const int64_t end = smaller(begin + SUM_CHUNK, tile.columns);
+    T part = 0, part_weighted = 0;
+#pragma omp simd reduction(+ : part, part_weighted)
+    for (int64_t j = begin; j < end; ++j) {
+      const T u = t[j] - base;
+      const T e = exp2_flushed(u);
+      part += e;
+      part_weighted += e * (u < floor ? floor : u);
+    }
+    sum += (double)part;
+    weighted += (double)part_weighted;
+  }
+  return SoftmaxState{(double)max, sum, weighted};
+}
+
+// Calls f<metric, masked>(arguments...) with the two run-time choices as constants.
+#define FASTCONTRAST_FOR_METRIC(function, tile, ...)                          \
+  do {                                                                        \
+    const bool ids = (tile).keep != Keep::all;                                \
+    switch ((tile).metric) {                                                  \
+      case Metric::l2:                                                        \
+        return ids ? function<Metric::l2, true>(tile, __VA_ARGS__)            \
+                   : function<Metric::l2, false>(tile, __VA_ARGS__);          \
+      case Metric::sqeuclidean:                                               \
+        return ids ? function<Metric::sqeuclidean, true>(tile, __VA_ARGS__)   \
+                   : function<Metric::sqeuclidean, false>(tile, __VA_ARGS__); \
+      case Metric::dot:                                                       \
+        return ids ? function<Metric::dot, true>(tile, __VA_ARGS__)           \
+                   : function<Metric::dot, false>(tile, __VA_ARGS__);         \
+    }                                                                         \
+    __builtin_unreachable();                                                  \
+  } while (false)
 
 }  // namespace
 }  // namespace FASTCONTRAST_ISA
