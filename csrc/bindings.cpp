@@ -70,8 +70,10 @@ void distance_softmax_forward(const py::kwargs& a) {
   out.count = at<std::int64_t>(a["count"].cast<Address>());
   out.threshold = at<const T>(a["threshold"].cast<Address>());
   out.rank = at<std::int64_t>(a["rank"].cast<Address>());
+  out.column_max = at<T>(a["column_max"].cast<Address>());
+  out.column_sum = at<double>(a["column_sum"].cast<Address>());
   py::gil_scoped_release release;
-  FASTCONTRAST_DISPATCH(distance_softmax_forward, tile, out);
+  if (!FASTCONTRAST_DISPATCH(distance_softmax_forward, tile, out)) throw std::bad_alloc();
 }
 
 template <typename T>
@@ -96,8 +98,14 @@ void distance_softmax_backward(const py::kwargs& a) {
   rows.grad_lse = at<const T>(a["grad_lse"].cast<Address>());
   rows.grad_entropy = at<const T>(a["grad_entropy"].cast<Address>());
   rows.grad_sum = at<const T>(a["grad_sum"].cast<Address>());
+  cpu::ColumnGradients<T> columns;
+  columns.lse2_high = at<const T>(a["column_lse2_high"].cast<Address>());
+  columns.lse2_low = at<const T>(a["column_lse2_low"].cast<Address>());
+  columns.grad_lse = at<const T>(a["column_grad_lse"].cast<Address>());
   py::gil_scoped_release release;
-  if (!FASTCONTRAST_DISPATCH(distance_softmax_backward, tile, rows, grad)) throw std::bad_alloc();
+  if (!FASTCONTRAST_DISPATCH(distance_softmax_backward, tile, rows, columns, grad)) {
+    throw std::bad_alloc();
+  }
 }
 
 template <typename T>

@@ -46,6 +46,10 @@ struct RowStatistics {
   int64_t* count;      // [rows], or null (with score_sum)
   const T* threshold;  // [rows], or null
   int64_t* rank;       // [rows], or null (with threshold)
+  // Softmax over rows of every column, for symmetric losses: Σ_i 2^(t_ij - column_max_j), carried
+  // between row blocks. [columns] each, or null.
+  T* column_max;       // -inf at the start
+  double* column_sum;  // 0 at the start
 };
 
 template <typename T>
@@ -56,6 +60,14 @@ struct RowGradients {
   const T* grad_lse;      // [rows], or null
   const T* grad_entropy;  // [rows], or null
   const T* grad_sum;      // [rows], or null
+};
+
+// Gradient by the log-sum-exp of every column of the tile, for symmetric losses; all null if none.
+template <typename T>
+struct ColumnGradients {
+  const T* lse2_high;  // [columns]: lse·log2(e) in two parts; 0 where no row counts
+  const T* lse2_low;   // [columns]
+  const T* grad_lse;   // [columns]
 };
 
 // The positive of a row is the first column of its `exclude`.
@@ -75,16 +87,18 @@ struct TileGradient {
   T* grad_y;              // [columns, dim], or null: the same
 };
 
-// Folds the tile into the row statistics. Overwrites the tile with scores in units of log2.
-FASTCONTRAST_DECLARE(void distance_softmax_forward(const Tile<float>&, const RowStatistics<float>&))
-FASTCONTRAST_DECLARE(void distance_softmax_forward(const Tile<double>&,
+// Folds the tile into the statistics; overwrites it. False when out of memory.
+FASTCONTRAST_DECLARE(bool distance_softmax_forward(const Tile<float>&, const RowStatistics<float>&))
+FASTCONTRAST_DECLARE(bool distance_softmax_forward(const Tile<double>&,
                                                    const RowStatistics<double>&))
 
 // Overwrites the tile with the pair weights c_ij of common/scores.h. False when out of memory.
 FASTCONTRAST_DECLARE(bool distance_softmax_backward(const Tile<float>&, const RowGradients<float>&,
+                                                    const ColumnGradients<float>&,
                                                     const TileGradient<float>&))
 FASTCONTRAST_DECLARE(bool distance_softmax_backward(const Tile<double>&,
                                                     const RowGradients<double>&,
+                                                    const ColumnGradients<double>&,
                                                     const TileGradient<double>&))
 
 // Moves points to the mean: out = x - mean (a mean that is not finite counts as 0), sqnorm =

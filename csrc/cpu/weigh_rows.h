@@ -23,9 +23,10 @@ struct RowGradient {
 
 // Overwrites the scores of a row with its pair weights; near pairs go to the list. `near` (or null
 // when there are none): flags of the near pairs.
-template <Metric metric, typename T>
+template <Metric metric, bool by_columns, typename T>
 FC_INLINE void weigh_row(const Tile<T>& tile, const TileGradient<T>& grad, int64_t row,
-                         const RowGradient<T>& from, const uint8_t* near, NearPairs<T>* pairs) {
+                         const RowGradient<T>& from, const ColumnGradients<T>& columns,
+                         const uint8_t* near, NearPairs<T>* pairs) {
   T* t = tile.values + row * tile.columns;
   const T scale2 = tile.scale * T(LOG2_E);
   const T gl = from.grad_lse, gh = from.grad_entropy, gs = from.grad_sum;
@@ -44,7 +45,11 @@ FC_INLINE void weigh_row(const Tile<T>& tile, const TileGradient<T>& grad, int64
       const T s = score * T(LN_2);
       const T u = (score - lse2_high) - lse2_low;  // log2 p
       const T log_p = (u < floor ? floor : u) * T(LN_2);
-      const T g = exp2_flushed(u) * (gl - gh * (log_p + entropy)) + gs;
+      T g = exp2_flushed(u) * (gl - gh * (log_p + entropy)) + gs;
+      if (by_columns) {
+        const T v = (score - columns.lse2_high[j]) - columns.lse2_low[j];
+        g += columns.grad_lse[j] * exp2_flushed(v);
+      }
       const bool counts = score != T(-INFINITY);
       const T w = counts ? flush_denormal(pair_weight<metric>(g, score, tile.scale, scale2)) : T(0);
       part_product += counts ? g * s : T(0);
@@ -70,7 +75,7 @@ FC_INLINE void weigh_row(const Tile<T>& tile, const TileGradient<T>& grad, int64
 
 // Sums of columns run in T over this many rows, one group, and in double from there. A group
 // belongs to one thread, and groups are added in order.
-constexpr int64_t GROUP_ROWS = 32;
+constexpr int64_t GROUP_ROWS = 8;
 
 FC_INLINE int64_t group_count(int64_t rows) { return (rows + GROUP_ROWS - 1) / GROUP_ROWS; }
 

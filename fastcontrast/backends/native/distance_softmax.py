@@ -67,6 +67,8 @@ def distance_softmax_forward(
                 count=_address(out.column_count, rows) if score_sum else 0,
                 threshold=_address(limit, rows),
                 rank=_address(out.rank, rows) if threshold is not None else 0,
+                column_max=0,
+                column_sum=0,
             )
     return out
 
@@ -98,6 +100,9 @@ def distance_softmax_backward(
                 grad_lse=_address(grad_lse, rows),
                 grad_entropy=_address(grad_entropy, rows),
                 grad_sum=_address(grad_sum, rows),
+                column_lse2_high=0,
+                column_lse2_low=0,
+                column_grad_lse=0,
             )
             gradients.add_products(rows, columns)
     dx, dy, dscale = gradients.result(float(scores.scale))
