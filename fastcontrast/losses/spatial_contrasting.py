@@ -62,19 +62,16 @@ def spatial_contrasting_loss(
             f"got {list(anchors.shape)} and {list(positives.shape)}"
         )
 
-    def one_direction(query: Tensor, key: Tensor) -> Tensor:
-        return info_nce_loss(
-            query,
-            key,
-            metric="l2",
-            temperature=temperature,
-            reduction=reduction,
-            precision=precision,
-            backend=backend,
-        )
-
-    loss = one_direction(anchors, positives)
-    return (loss + one_direction(positives, anchors)) / 2 if symmetric else loss
+    return info_nce_loss(
+        anchors,
+        positives,
+        metric="l2",
+        temperature=temperature,
+        symmetric=symmetric,
+        reduction=reduction,
+        precision=precision,
+        backend=backend,
+    )
 
 
 class SpatialContrastingLoss(nn.Module):

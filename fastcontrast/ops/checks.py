@@ -122,3 +122,13 @@ def check_indices(
                 f"{name} must lie in {lowest}..{count - 1} ({meaning}), got {least}..{most}"
             )
     return value.to(torch.int64)
+
+
+def check_distinct(name: str, value: Tensor) -> None:
+    """Raise if an index occurs twice. Checked on CPU only: on a GPU that would wait for it."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() < 2:
+        return
+    ordered = value.sort().values
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if repeated.numel():
+        raise ValueError(f"{name} must not repeat an index here, got {int(repeated[0])} twice")

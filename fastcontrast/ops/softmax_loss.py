@@ -1,6 +1,11 @@
 r"""Sum of row losses over `distance_softmax`, with the gradients taken in the forward pass.
 
-.. math:: L = \sum_i a_i\, \mathrm{softplus}(\mathrm{lse}_i - s_{i t_i}) + b_i\, H_i
+.. math::
+    L = \sum_i a_i\, \mathrm{softplus}(\mathrm{lse}_i - s_{i t_i}) + b_i\, H_i
+        + c_i\, \mathrm{softplus}(\mathrm{lse}'_{t_i} - s_{i t_i})
+
+where :math:`\mathrm{lse}'` is taken over the rows of a column: the other direction of a symmetric
+loss, from the same scores.
 
 The upstream gradient of a mean or a sum is one number, so the gradients up to that factor can be
 taken while the scores are in cache: 6MND operations instead of 8MND. Called by
@@ -17,11 +22,12 @@ from torch import Tensor
 from fastcontrast import backends
 from fastcontrast.backends.reference.distance_softmax import (
     differentiable_loss,
+    of_positive,
     positive_scores,
     row_losses,
     softplus,
 )
-from fastcontrast.backends.scores import LossWeights, Scores, accumulator_dtype
+from fastcontrast.backends.scores import LossWeights, Scores, accumulator_dtype, transposed
 from fastcontrast.ops.checks import PRECISION_CHOICES, check_choice
 from fastcontrast.ops.distance_softmax import (
     differentiable_gradients,
@@ -45,13 +51,15 @@ def softmax_loss(
     precision: str,
     backend: str | None,
 ) -> Tensor:
-    """Sum over rows of weighted cross-entropy and entropy; a scalar.
+    """Sum over rows of weighted cross-entropies and entropy; a scalar.
 
     Args:
         x: Rows [M, D], checked.
         y: Columns [N, D], checked.
-        target: Column of each row's positive, int64 [M]; -1 for a row without one, whose a is 0.
-        weights: a and b, each [M] or None for 0; they carry no gradient.
+        target: Column of each row's positive, int64 [M]; -1 for a row without one, whose a and
+            c are 0.
+        weights: a, b and c, each [M] or None for 0; they carry no gradient. With c, no two rows
+            share a positive.
         metric: ``"l2"``, ``"sqeuclidean"`` or ``"dot"``.
         scale: See :func:`~fastcontrast.distance_softmax`.
         precision: See :func:`~fastcontrast.distance_softmax`.
@@ -101,7 +109,14 @@ def row_losses_of(
         x, y, metric=metric, scale=scale, exclude=target, precision=precision, backend=backend
     )
     scores = Scores(metric, scale, target[:, None], None, None, "all", precision)
-    return row_losses(rows.lse, rows.entropy, positive_scores(x, y, scores), weights)
+    paired_lse = None
+    if weights.column_cross_entropy is not None:
+        exclude = transposed(scores, y.shape[0]).exclude
+        columns = distance_softmax(
+            y, x, metric=metric, scale=scale, exclude=exclude, precision=precision, backend=backend
+        )
+        paired_lse = of_positive(columns.lse, scores)
+    return row_losses(rows.lse, rows.entropy, paired_lse, positive_scores(x, y, scores), weights)
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -116,10 +131,11 @@ class _GradientsInForward(torch.autograd.Function):
         exclude: Tensor,
         cross_entropy_weight: Tensor | None,
         entropy_weight: Tensor | None,
+        column_weight: Tensor | None,
         scores: Scores,
         backend: str,
     ) -> Tensor:
-        weights = LossWeights(cross_entropy_weight, entropy_weight)
+        weights = LossWeights(cross_entropy_weight, entropy_weight, column_weight)
         needs = tuple(ctx.needs_input_grad[:3])
         out = backends.run(backend, "softmax_loss", x, y, scores, weights, needs)
         ctx.save_for_backward(x, y, scale, exclude, *weights, *out[1:])
@@ -128,20 +144,20 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, exclude, a, b, *gradients = ctx.saved_tensors
+        x, y, scale, exclude, a, b, c, *gradients = ctx.saved_tensors
         (grad,) = upstream
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate again
             scores = with_tensors(ctx.scores, scale, exclude, None, None)
 
             def loss(x: Tensor, y: Tensor, scores: Scores) -> list[Tensor]:
-                return [differentiable_loss(x, y, scores, LossWeights(a, b))]
+                return [differentiable_loss(x, y, scores, LossWeights(a, b, c))]
 
             found = differentiable_gradients(loss, x, y, scores, [grad], needs)
-            return (*found, *[None] * 5)
+            return (*found, *[None] * 6)
         # Scaled before they are rounded to a half input's dtype: a loss scaler relies on it.
         result = [
             (grad * d).to(device=value.device, dtype=value.dtype) if need else None
             for value, d, need in zip((x, y, scale), gradients, needs, strict=True)
         ]
-        return (*result, *[None] * 5)
+        return (*result, *[None] * 6)

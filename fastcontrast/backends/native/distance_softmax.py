@@ -7,6 +7,7 @@ one number as upstream gradient, takes the gradients while the scores are there 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcontrast import _C
+from fastcontrast.backends.reference.distance_softmax import loss_by_two_passes
 from fastcontrast.backends.scores import (
     KEEPS,
     METRICS,
@@ -42,34 +44,9 @@ def distance_softmax_forward(
 ) -> Statistics:
     """Statistics of every row."""
     dtype = accumulator_dtype(x.dtype)
-    m = x.shape[0]
-    operands = _Operands(x, y, scores, dtype)
     out = empty_statistics(x, score_sum=score_sum, rank=threshold is not None)
-    if y.shape[0] == 0:
-        for value in out:
-            value.zero_()
-        out.lse.fill_(-torch.inf)
-        return out
     limit = None if threshold is None else threshold.to(dtype).contiguous()
-    state = torch.empty(min(m, TILE_ROWS), 4, dtype=torch.float64)
-    entry = getattr(_C, f"distance_softmax_forward_{operands.suffix}")
-    with _ieee_products():
-        for rows, columns, tile in operands.tiles():
-            entry(
-                **tile,
-                state=state.data_ptr(),
-                first=columns.start == 0,
-                last=columns.stop == y.shape[0],
-                lse=_address(out.lse, rows),
-                lse_residual=_address(out.lse_residual, rows),
-                entropy=_address(out.entropy, rows),
-                score_sum=_address(out.score_sum, rows) if score_sum else 0,
-                count=_address(out.column_count, rows) if score_sum else 0,
-                threshold=_address(limit, rows),
-                rank=_address(out.rank, rows) if threshold is not None else 0,
-                column_max=0,
-                column_sum=0,
-            )
+    _take_statistics(_Operands(x, y, scores, dtype), out, limit, None)
     return out
 
 
@@ -83,29 +60,7 @@ def distance_softmax_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y and scale from (lse, lse_residual, entropy); empty where not needed."""
     operands = _Operands(x, y, scores, accumulator_dtype(x.dtype))
-    gradients = _Gradients(operands, needs)
-    lse, lse_residual, entropy = statistics
-    grad_lse, grad_entropy, grad_sum = (
-        None if grad is None else grad.to(lse.dtype).contiguous() for grad in grads
-    )
-    entry = getattr(_C, f"distance_softmax_backward_{operands.suffix}")
-    with _ieee_products():
-        for rows, columns, tile in operands.tiles():
-            entry(
-                **tile,
-                **gradients.of_tile(rows, columns),
-                lse=_address(lse, rows),
-                lse_residual=_address(lse_residual, rows),
-                entropy=_address(entropy, rows),
-                grad_lse=_address(grad_lse, rows),
-                grad_entropy=_address(grad_entropy, rows),
-                grad_sum=_address(grad_sum, rows),
-                column_lse2_high=0,
-                column_lse2_low=0,
-                column_grad_lse=0,
-            )
-            gradients.add_products(rows, columns)
-    dx, dy, dscale = gradients.result(float(scores.scale))
+    dx, dy, dscale = _gradients(operands, statistics, grads, None, needs)
     return dx.to(x.dtype), dy.to(y.dtype), dscale
 
 
@@ -118,16 +73,20 @@ def softmax_loss(
 ) -> LossGradients:
     """Loss of every row and all gradients in one pass: 6MND operations, scores computed once.
 
-    A block of rows holds all its columns, LOSS_BLOCK scores or 64 rows, whichever is more.
+    A block of rows holds all its columns, LOSS_BLOCK scores or 64 rows, whichever is more. With
+    the columns' cross-entropy the scores are computed twice, 8MND: no gradient can be taken before
+    the last row has been seen.
     """
     dtype = accumulator_dtype(x.dtype)
     m, n = x.shape[0], y.shape[0]
     block = max(64, min(TILE_ROWS, LOSS_BLOCK // max(1, n)))
     operands = _Operands(x, y, scores, dtype, tile=(block, max(1, n)))
+    if weights.column_cross_entropy is not None:
+        return _symmetric_loss(operands, scores, weights, needs)
     gradients = _Gradients(operands, needs)
     loss = x.new_zeros(m, dtype=dtype)
     ce_weight, entropy_weight = (
-        None if value is None else value.detach().to(dtype).contiguous() for value in weights
+        None if value is None else value.detach().to(dtype).contiguous() for value in weights[:2]
     )
     entry = getattr(_C, f"softmax_loss_{operands.suffix}")
     with _ieee_products():
@@ -141,6 +100,113 @@ def softmax_loss(
             )
             gradients.add_products(rows, columns)
     return LossGradients(loss, *gradients.result(float(scores.scale)))
+
+
+def _symmetric_loss(
+    operands: _Operands, scores: Scores, weights: LossWeights, needs: tuple[bool, bool, bool]
+) -> LossGradients:
+    """One pass over the scores for the statistics of rows and columns, one for the weights."""
+    x, y = operands.given_x, operands.given_y
+    out = empty_statistics(x, score_sum=False, rank=False)
+    columns = _ColumnState(y)
+    _take_statistics(operands, out, None, columns)
+    lse2 = columns.lse2()
+
+    def gradients(
+        grad_lse: Tensor, grad_entropy: Tensor | None, grad_column_lse: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        grads = RowGradients(grad_lse, grad_entropy, None)
+        by_columns = None if grad_column_lse is None else (lse2, grad_column_lse)
+        return _gradients(operands, out[:3], grads, by_columns, needs)
+
+    column_lse = (lse2 * math.log(2)).to(x.dtype)
+    return loss_by_two_passes(
+        x, y, scores, weights, needs, out.lse, out.entropy, column_lse, gradients
+    )
+
+
+class _ColumnState:
+    """Σ_i 2^(t_ij - max_j) of every column j, carried over blocks of rows; log2 units."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.max = y.new_full((y.shape[0],), -torch.inf)
+        self.sum = torch.zeros(y.shape[0], dtype=torch.float64)
+
+    def lse2(self) -> Tensor:
+        """log2 Σ_i 2^t_ij in float64 [N]; -inf where no row counts."""
+        nothing = self.sum == 0
+        return torch.where(nothing, -torch.inf, self.max + self.sum.log2())
+
+
+def _take_statistics(
+    operands: _Operands, out: Statistics, threshold: Tensor | None, columns: _ColumnState | None
+) -> None:
+    """Fill ``out``, and the column state if there is one."""
+    n = operands.y.shape[0]
+    if n == 0:
+        for value in out:
+            value.zero_()
+        out.lse.fill_(-torch.inf)
+        return
+    score_sum = out.score_sum if out.score_sum.shape[0] else None
+    state = torch.empty(min(operands.x.shape[0], operands.tile_rows), 4, dtype=torch.float64)
+    entry = getattr(_C, f"distance_softmax_forward_{operands.suffix}")
+    with _ieee_products():
+        for rows, span, tile in operands.tiles():
+            entry(
+                **tile,
+                state=state.data_ptr(),
+                first=span.start == 0,
+                last=span.stop == n,
+                lse=_address(out.lse, rows),
+                lse_residual=_address(out.lse_residual, rows),
+                entropy=_address(out.entropy, rows),
+                score_sum=_address(score_sum, rows),
+                count=0 if score_sum is None else _address(out.column_count, rows),
+                threshold=_address(threshold, rows),
+                rank=0 if threshold is None else _address(out.rank, rows),
+                column_max=0 if columns is None else _address(columns.max, span),
+                column_sum=0 if columns is None else _address(columns.sum, span),
+            )
+
+
+def _gradients(
+    operands: _Operands,
+    statistics: tuple[Tensor, ...],
+    grads: RowGradients,
+    by_columns: tuple[Tensor, Tensor] | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients from (lse, lse_residual, entropy) of rows and (lse2, its gradient) of columns."""
+    gradients = _Gradients(operands, needs)
+    lse, lse_residual, entropy = statistics
+    grad_lse, grad_entropy, grad_sum = (
+        None if grad is None else grad.to(lse.dtype).contiguous() for grad in grads
+    )
+    high = low = grad_column_lse = None
+    if by_columns is not None:
+        lse2 = torch.where(by_columns[0] == -torch.inf, 0.0, by_columns[0])
+        high = lse2.to(lse.dtype)
+        low = (lse2 - high).to(lse.dtype)
+        grad_column_lse = by_columns[1].to(lse.dtype).contiguous()
+    entry = getattr(_C, f"distance_softmax_backward_{operands.suffix}")
+    with _ieee_products():
+        for rows, columns, tile in operands.tiles():
+            entry(
+                **tile,
+                **gradients.of_tile(rows, columns),
+                lse=_address(lse, rows),
+                lse_residual=_address(lse_residual, rows),
+                entropy=_address(entropy, rows),
+                grad_lse=_address(grad_lse, rows),
+                grad_entropy=_address(grad_entropy, rows),
+                grad_sum=_address(grad_sum, rows),
+                column_lse2_high=_address(high, columns),
+                column_lse2_low=_address(low, columns),
+                column_grad_lse=_address(grad_column_lse, columns),
+            )
+            gradients.add_products(rows, columns)
+    return gradients.result(float(operands.constants["scale"]))
 
 
 class _Gradients:

@@ -6,7 +6,7 @@ computation left open to autograd: double backward goes through it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from fastcontrast.backends.scores import (
     Statistics,
     accumulator_dtype,
     empty_statistics,
+    transposed,
 )
 
 CHUNK_ELEMENTS = 1 << 22
@@ -88,47 +89,120 @@ def softmax_loss(
     """Loss of every row and all gradients of their sum, by the two passes above."""
     dtype = accumulator_dtype(x.dtype)
     x, y = x.to(dtype), y.to(dtype)
-    statistics = distance_softmax_forward(x, y, scores, None, False)
-    a = weights.cross_entropy
+    rows = distance_softmax_forward(x, y, scores, None, False)
+    turned, columns = transposed(scores, y.shape[0]), None
+    if weights.column_cross_entropy is not None:
+        columns = distance_softmax_forward(y, x, turned, None, False)
+
+    def gradients(
+        grad_lse: Tensor, grad_entropy: Tensor | None, grad_column_lse: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        grads = RowGradients(grad_lse, grad_entropy, None)
+        found = distance_softmax_backward(x, y, scores, rows[:3], grads, needs)
+        if columns is None:
+            return found
+        grads = RowGradients(grad_column_lse, None, None)
+        swapped = (needs[1], needs[0], needs[2])
+        dy, dx, dscale = distance_softmax_backward(y, x, turned, columns[:3], grads, swapped)
+        return tuple(a + b for a, b in zip(found, (dx, dy, dscale), strict=True))
+
+    column_lse = None if columns is None else columns.lse
+    return loss_by_two_passes(
+        x, y, scores, weights, needs, rows.lse, rows.entropy, column_lse, gradients
+    )
+
+
+def loss_by_two_passes(
+    x: Tensor,
+    y: Tensor,
+    scores: Scores,
+    weights: LossWeights,
+    needs: tuple[bool, bool, bool],
+    lse: Tensor,
+    entropy: Tensor,
+    column_lse: Tensor | None,
+    gradients: Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, ...]],
+) -> LossGradients:
+    """What the entry ``softmax_loss`` returns, from statistics that are there already.
+
+    ``gradients(grad_lse, grad_entropy, grad_column_lse)`` gives those of x, y and scale through
+    the statistics; the positives are added here. ``x`` and ``y`` are in the accumulator dtype.
+    """
     leaves = [
         x.detach().requires_grad_(needs[0]),
         y.detach().requires_grad_(needs[1]),
-        torch.as_tensor(scores.scale, dtype=dtype, device=x.device).detach().clone(),
+        torch.as_tensor(scores.scale, dtype=x.dtype, device=x.device).detach().clone(),
     ]
     leaves[2].requires_grad_(needs[2])
     with torch.enable_grad():
         positive = positive_scores(leaves[0], leaves[1], scores._replace(scale=leaves[2]))
-    grad_lse = torch.zeros_like(statistics.lse)
-    if a is not None:
-        grad_lse = torch.where(a == 0, 0.0, a * torch.sigmoid(statistics.lse - positive.detach()))
-    gradients = distance_softmax_backward(
-        x, y, scores, statistics[:3], RowGradients(grad_lse, weights.entropy, None), needs
-    )
+    fixed = positive.detach()
+    a, b, c = weights
+    grad_lse = _sigmoid_weights(a, lse, fixed)
+    grad_column_lse, paired_lse, grad_pair = None, None, grad_lse
+    if column_lse is not None:
+        paired_lse = of_positive(column_lse, scores)
+        grad_paired = _sigmoid_weights(c, paired_lse, fixed)
+        grad_pair = grad_lse + grad_paired
+        # One slot more takes the rows without a positive; no two rows share one.
+        slots = torch.where(grad_paired == 0, y.shape[0], _positive_columns(scores))
+        grad_column_lse = lse.new_zeros(y.shape[0] + 1).scatter(0, slots, grad_paired)[:-1]
+    found = gradients(grad_lse, b, grad_column_lse)
     wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
     if wanted:
-        part = iter(torch.autograd.grad(positive, wanted, -grad_lse, materialize_grads=True))
-        gradients = tuple(
-            g + next(part) if need else g for g, need in zip(gradients, needs, strict=True)
-        )
-    loss = row_losses(statistics.lse, statistics.entropy, positive.detach(), weights)
-    return LossGradients(loss, *gradients)
+        part = iter(torch.autograd.grad(positive, wanted, -grad_pair, materialize_grads=True))
+        found = tuple(g + next(part) if need else g for g, need in zip(found, needs, strict=True))
+    return LossGradients(row_losses(lse, entropy, paired_lse, fixed, weights), *found)
+
+
+def _sigmoid_weights(weight: Tensor | None, lse: Tensor, positive: Tensor) -> Tensor:
+    """Derivative of ``weight softplus(lse - positive)`` by lse, [M]."""
+    if weight is None:
+        return torch.zeros_like(positive)
+    return torch.where(weight == 0, 0.0, weight * torch.sigmoid(lse - positive))
 
 
 def differentiable_loss(x: Tensor, y: Tensor, scores: Scores, weights: LossWeights) -> Tensor:
     """Sum of the row losses, as a graph that can be differentiated any number of times."""
     lse, entropy, _ = differentiable_statistics(x, y, scores)
-    return row_losses(lse, entropy, positive_scores(x, y, scores), weights).sum()
+    paired_lse = None
+    if weights.column_cross_entropy is not None:
+        column_lse, *_ = differentiable_statistics(y, x, transposed(scores, y.shape[0]))
+        paired_lse = of_positive(column_lse, scores)
+    return row_losses(lse, entropy, paired_lse, positive_scores(x, y, scores), weights).sum()
 
 
-def row_losses(lse: Tensor, entropy: Tensor, positive: Tensor, weights: LossWeights) -> Tensor:
-    """``a softplus(lse - positive) + b entropy`` of every row [M]; a term of weight 0 is 0."""
+def row_losses(
+    lse: Tensor,
+    entropy: Tensor,
+    paired_lse: Tensor | None,
+    positive: Tensor,
+    weights: LossWeights,
+) -> Tensor:
+    """Loss of every row [M] of :class:`LossWeights`; a term of weight 0 is 0.
+
+    ``paired_lse`` is the log-sum-exp of the column of each row's positive.
+    """
     loss = torch.zeros_like(lse)
-    a, b = weights
+    a, b, c = weights
     if a is not None:
         loss = loss + torch.where(a == 0, 0.0, a * softplus(lse - positive))
     if b is not None:
         loss = loss + torch.where(b == 0, 0.0, b * entropy)
+    if c is not None and paired_lse is not None:
+        loss = loss + torch.where(c == 0, 0.0, c * softplus(paired_lse - positive))
     return loss
+
+
+def of_positive(values: Tensor, scores: Scores) -> Tensor:
+    """Of values per column [N], that of each row's positive [M]; any where there is none."""
+    return values[_positive_columns(scores)] if values.shape[0] else values.new_zeros(0)
+
+
+def _positive_columns(scores: Scores) -> Tensor:
+    if scores.exclude is None:
+        raise ValueError("a loss needs the column of each row's positive")
+    return scores.exclude[:, 0].clamp(min=0).to(torch.int64)
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -138,10 +212,8 @@ def softplus(x: Tensor) -> Tensor:
 
 def positive_scores(x: Tensor, y: Tensor, scores: Scores) -> Tensor:
     """Score of each row's positive [M], the first of its ``exclude``; any where there is none."""
-    if scores.exclude is None:
-        raise ValueError("a loss needs the column of each row's positive")
     # F.embedding, because the gradient of y[target] is not deterministic on two threads.
-    positives = F.embedding(scores.exclude[:, 0].clamp(min=0).to(torch.int64), y)
+    positives = F.embedding(_positive_columns(scores), y)
     return paired_scores(x, positives, metric=scores.metric, scale=scores.scale)
 
 
