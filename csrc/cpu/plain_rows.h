@@ -174,6 +174,7 @@ FC_INLINE void weigh_plain_row(const Tile<T>& tile, const TileGradient<T>& grad,
   const T slope = -from.grad_entropy * T(LN_2);
   const T grad_sum = from.grad_sum;
   const T factor = (metric == Metric::sqeuclidean ? T(2) : T(1)) * tile.scale;
+  const T *high = columns.lse2_high, *low = columns.lse2_low, *grad_lse = columns.grad_lse;
   double row_sum = 0, product = 0;
   for_spans(plain.gaps, tile.columns, [&](int64_t begin, int64_t end) {
     T part = 0, part_product = 0;
@@ -188,8 +189,8 @@ FC_INLINE void weigh_plain_row(const Tile<T>& tile, const TileGradient<T>& grad,
       const T u = scale2 * (difference > T(0) ? T(0) : difference) + offset;  // log2 p
       T g = exp2_flushed(u) * (constant + slope * u) + grad_sum;
       if (by_columns) {
-        const T v = (scale2 * closeness - columns.lse2_high[j]) - columns.lse2_low[j];
-        g += columns.grad_lse[j] * exp2_flushed(v > T(0) ? T(0) : v);
+        const T v = (scale2 * closeness - high[j]) - low[j];
+        g += grad_lse[j] * exp2_flushed(v > T(0) ? T(0) : v);
       }
       g = counts ? g : T(0);
       const T w = flush_denormal(metric == Metric::l2 ? factor * g / distance : factor * g);
