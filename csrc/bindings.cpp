@@ -13,6 +13,7 @@
 #include "cpu/distance_softmax.h"
 #include "cpu/extract_patches.h"
 #include "cpu/isa.h"
+#include "cpu/triplet_distances.h"
 #if defined(FASTCONTRAST_HAVE_CUDA)
 #include "cuda/device.h"
 #endif
@@ -222,6 +223,64 @@ std::int64_t first_invalid_box(Address coords, std::int64_t count, std::int64_t 
                                image_height, image_width, height, width);
 }
 
+using Addresses = std::array<Address, 3>;
+
+// Not by keyword, as the others are: a call on few triplets takes less than its arguments then do.
+cpu::Triplets triplets_from(const Addresses& points, const std::array<std::int64_t, 3>& strides,
+                            int type, std::int64_t rows, std::int64_t dim, int metric,
+                            int threads) {
+  cpu::Triplets triplets;
+  for (int i = 0; i < 3; ++i) {
+    triplets.points[i] = at<const void>(points[i]);
+    triplets.stride[i] = strides[i];
+  }
+  triplets.type = static_cast<fastcontrast::Scalar>(type);
+  triplets.rows = rows;
+  triplets.dim = dim;
+  triplets.metric = static_cast<fastcontrast::Metric>(metric);
+  triplets.threads = threads;
+  return triplets;
+}
+
+cpu::TripletDistances triplet_distances_at(const Addresses& pairs, Address difference) {
+  return {{at<void>(pairs[0]), at<void>(pairs[1]), at<void>(pairs[2])}, at<void>(difference)};
+}
+
+void triplet_distances_forward(const Addresses& points, const std::array<std::int64_t, 3>& strides,
+                               int type, std::int64_t rows, std::int64_t dim, int metric,
+                               int threads, const Addresses& distances, Address difference) {
+  const cpu::Triplets triplets = triplets_from(points, strides, type, rows, dim, metric, threads);
+  const cpu::TripletDistances out = triplet_distances_at(distances, difference);
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = FASTCONTRAST_DISPATCH(triplet_distances_forward, triplets, out);
+  }
+  if (!done) throw std::invalid_argument("no kernel for this dtype and metric of triplets");
+}
+
+void triplet_distances_backward(const Addresses& points, const std::array<std::int64_t, 3>& strides,
+                                int type, std::int64_t rows, std::int64_t dim, int metric,
+                                int threads, const Addresses& distances, const Addresses& gradients,
+                                Address slope, Address upstream, std::int64_t upstream_stride,
+                                double factor, const Addresses& out) {
+  const cpu::Triplets triplets = triplets_from(points, strides, type, rows, dim, metric, threads);
+  const cpu::TripletDistances values = triplet_distances_at(distances, 0);
+  cpu::TripletGradients from;
+  for (int i = 0; i < 3; ++i) from.pairs[i] = at<const void>(gradients[i]);
+  from.slope = at<const void>(slope);
+  from.upstream = at<const void>(upstream);
+  from.upstream_stride = upstream_stride;
+  from.factor = factor;
+  void* const results[3] = {at<void>(out[0]), at<void>(out[1]), at<void>(out[2])};
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = FASTCONTRAST_DISPATCH(triplet_distances_backward, triplets, values, from, results);
+  }
+  if (!done) throw std::invalid_argument("no kernel for this dtype and metric of triplets");
+}
+
 std::array<std::uint32_t, 4> philox4x32(const std::array<std::uint32_t, 4>& counter,
                                         std::uint64_t seed) {
   fastcontrast::PhiloxBlock block;
@@ -288,5 +347,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("extract_patches_backward", &extract_patches_backward);
   m.def("sample_coords", &sample_coords);
   m.def("first_invalid_box", &first_invalid_box);
+  m.def("triplet_distances_forward", &triplet_distances_forward);
+  m.def("triplet_distances_backward", &triplet_distances_backward);
   m.def("philox4x32", &philox4x32, "One block of the generator, for tests of known answers.");
 }

@@ -10,13 +10,16 @@ from fastcontrast.losses import (
     InfoNCELoss,
     MetricEmbeddingLoss,
     SpatialContrastingLoss,
+    TripletMarginLoss,
     TripletRatioLoss,
     info_nce_loss,
     metric_embedding_loss,
     spatial_contrasting_loss,
+    triplet_margin_loss,
     triplet_ratio_loss,
 )
 from fastcontrast.ops.distance_softmax import RowStatistics, distance_softmax
+from fastcontrast.ops.triplet_distances import TripletDistances, triplet_distances
 from fastcontrast.patches import (
     Patches,
     RandomPatches,
@@ -35,6 +38,8 @@ __all__ = [
     "RandomPatches",
     "RowStatistics",
     "SpatialContrastingLoss",
+    "TripletDistances",
+    "TripletMarginLoss",
     "TripletRatioLoss",
     "__version__",
     "available_backends",
@@ -45,6 +50,8 @@ __all__ = [
     "random_patches",
     "sample_coords",
     "spatial_contrasting_loss",
+    "triplet_distances",
+    "triplet_margin_loss",
     "triplet_ratio_loss",
 ]
 

@@ -6,15 +6,18 @@ from fastcontrast.losses.spatial_contrasting import (
     SpatialContrastingLoss,
     spatial_contrasting_loss,
 )
+from fastcontrast.losses.triplet_margin import TripletMarginLoss, triplet_margin_loss
 from fastcontrast.losses.triplet_ratio import TripletRatioLoss, triplet_ratio_loss
 
 __all__ = [
     "InfoNCELoss",
     "MetricEmbeddingLoss",
     "SpatialContrastingLoss",
+    "TripletMarginLoss",
     "TripletRatioLoss",
     "info_nce_loss",
     "metric_embedding_loss",
     "spatial_contrasting_loss",
+    "triplet_margin_loss",
     "triplet_ratio_loss",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.losses.reduction import REDUCTIONS
 from fastcontrast.ops.checks import (
     METRICS,
     check_choice,
@@ -15,6 +14,7 @@ from fastcontrast.ops.checks import (
     inverse_temperature,
 )
 from fastcontrast.ops.distance_softmax import accumulator_dtype, normalized
+from fastcontrast.ops.reduction import REDUCTIONS
 from fastcontrast.ops.softmax_loss import LossWeights, row_losses_of, softmax_loss
 
 

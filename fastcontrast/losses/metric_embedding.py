@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.losses.reduction import REDUCTIONS
 from fastcontrast.ops.checks import (
     check_choice,
     check_indices,
@@ -13,6 +12,7 @@ from fastcontrast.ops.checks import (
     inverse_temperature,
 )
 from fastcontrast.ops.distance_softmax import accumulator_dtype
+from fastcontrast.ops.reduction import REDUCTIONS
 from fastcontrast.ops.softmax_loss import LossWeights, row_losses_of, softmax_loss
 
 

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastcontrast.losses.reduction import REDUCTIONS, reduce
-from fastcontrast.ops.checks import check_choice, check_operands
-from fastcontrast.ops.pairs import paired_distance
+from fastcontrast.ops.checks import check_choice
+from fastcontrast.ops.reduction import REDUCTIONS
 from fastcontrast.ops.softmax_loss import softplus
+from fastcontrast.ops.triplet_loss import triplet_loss
 
-OBJECTIVES = ("mse", "nll")
+
+def _squared_error(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """d₊² and its derivative 2 d₊² (1 - d₊), where 1 - d₊ is a sigmoid too and loses nothing."""
+    loss = difference.sigmoid().square()
+    return loss, 2 * loss * (-difference).sigmoid()
+
+
+def _likelihood(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """-log(1 - d₊) and its derivative d₊."""
+    return softplus(difference), difference.sigmoid()
+
+
+OBJECTIVES = {"mse": _squared_error, "nll": _likelihood}
 
 
 def triplet_ratio_loss(
@@ -19,6 +31,7 @@ def triplet_ratio_loss(
     *,
     objective: str = "mse",
     reduction: str = "mean",
+    backend: str | None = None,
 ) -> Tensor:
     r"""Drive the softmax share of the positive's distance to zero.
 
@@ -38,6 +51,8 @@ def triplet_ratio_loss(
         objective: ``"mse"`` (the paper's choice) or ``"nll"``.
         reduction: ``"mean"`` and ``"sum"`` give a scalar, ``"none"`` gives [M]. The mean of no rows
             is 0.
+        backend: A name from ``fastcontrast.available_backends("triplet_distances")``, or None for
+            the fastest.
 
     Returns:
         Loss, float32 (float64 for float64 inputs); in [0, 1] for ``"mse"``, in nats for ``"nll"``.
@@ -45,6 +60,7 @@ def triplet_ratio_loss(
     Raises:
         ValueError: If the shapes differ, or an option is not as above.
         TypeError: If an argument is not a floating-point tensor.
+        RuntimeError: If the named backend cannot run this call; the message says why.
 
     Example:
         >>> import torch
@@ -53,31 +69,32 @@ def triplet_ratio_loss(
         tensor(0.2500)
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("objective", objective, OBJECTIVES)
-    for name, other in (("positive", positive), ("negative", negative)):
-        check_operands("anchor", anchor, name, other)
-        if other.shape != anchor.shape:
-            raise ValueError(
-                f"anchor and {name} must have the same shape [M, D], "
-                f"got {list(anchor.shape)} and {list(other.shape)}"
-            )
-    difference = paired_distance(anchor, positive) - paired_distance(anchor, negative)
-    loss = difference.sigmoid().square() if objective == "mse" else softplus(difference)
-    return reduce(loss, reduction)
+    check_choice("objective", objective, tuple(OBJECTIVES))
+    return triplet_loss(
+        anchor, positive, negative, OBJECTIVES[objective], reduction=reduction, backend=backend
+    )
 
 
 class TripletRatioLoss(nn.Module):
     """Module of :func:`triplet_ratio_loss`; stores its options."""
 
-    def __init__(self, *, objective: str = "mse", reduction: str = "mean") -> None:
+    def __init__(
+        self, *, objective: str = "mse", reduction: str = "mean", backend: str | None = None
+    ) -> None:
         super().__init__()
         self.objective = objective
         self.reduction = reduction
+        self.backend = backend
 
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         """See :func:`triplet_ratio_loss`."""
         return triplet_ratio_loss(
-            anchor, positive, negative, objective=self.objective, reduction=self.reduction
+            anchor,
+            positive,
+            negative,
+            objective=self.objective,
+            reduction=self.reduction,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:

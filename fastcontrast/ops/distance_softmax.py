@@ -36,6 +36,7 @@ from fastcontrast.ops.checks import (
     check_scale,
     check_thresholds,
 )
+from fastcontrast.ops.double_backward import differentiable_gradients
 
 
 class RowStatistics(NamedTuple):
@@ -233,7 +234,7 @@ class _EagerDistanceSoftmax(torch.autograd.Function):
         needs = tuple(ctx.needs_input_grad[:3])
         row_gradients = RowGradients(grads[0], grads[2], grads[3])
         if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate again
-            dx, dy, dscale = differentiable_gradients(
+            dx, dy, dscale = score_gradients(
                 differentiable_statistics, x, y, scores, row_gradients, needs
             )
         else:
@@ -265,7 +266,7 @@ def with_tensors(
     return scores if scale is None else scores._replace(scale=scale)
 
 
-def differentiable_gradients(
+def score_gradients(
     function: Callable[[Tensor, Tensor, Scores], Sequence[Tensor]],
     x: Tensor,
     y: Tensor,
@@ -277,27 +278,11 @@ def differentiable_gradients(
 
     ``function(x, y, scores)`` is the reference path, differentiable any number of times.
     """
-    # Views: a gradient must stop at x, also where y or scale was computed from it.
-    x, y = x.view_as(x), y.view_as(y)
-    if isinstance(scores.scale, Tensor):
-        scores = scores._replace(scale=scores.scale.view_as(scores.scale))
-    with backends.autocast_off(x.device.type):
-        outputs = function(x, y, scores)
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-        inputs = [x, y, scores.scale]
-        wanted = [value for value, need in zip(inputs, needs, strict=True) if need]
-        if not pairs or not wanted:
-            return [None, None, None]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs],
-                wanted,
-                [g for _, g in pairs],
-                create_graph=True,
-                materialize_grads=True,
-            )
-        )
-    return [next(found) if need else None for need in needs]
+
+    def of_scale(x: Tensor, y: Tensor, scale: float | Tensor) -> Sequence[Tensor]:
+        return function(x, y, scores._replace(scale=scale))
+
+    return differentiable_gradients(of_scale, (x, y, scores.scale), grads, needs)
 
 
 # The custom operator: what torch.compile sees. Schema, fake and gradient formula stand together.

@@ -30,9 +30,9 @@ from fastcontrast.backends.reference.distance_softmax import (
 from fastcontrast.backends.scores import LossWeights, Scores, accumulator_dtype, transposed
 from fastcontrast.ops.checks import PRECISION_CHOICES, check_choice
 from fastcontrast.ops.distance_softmax import (
-    differentiable_gradients,
     distance_softmax,
     effective_precision,
+    score_gradients,
     with_tensors,
     without_tensors,
 )
@@ -153,7 +153,7 @@ class _GradientsInForward(torch.autograd.Function):
             def loss(x: Tensor, y: Tensor, scores: Scores) -> list[Tensor]:
                 return [differentiable_loss(x, y, scores, LossWeights(a, b, c))]
 
-            found = differentiable_gradients(loss, x, y, scores, [grad], needs)
+            found = score_gradients(loss, x, y, scores, [grad], needs)
             return (*found, *[None] * 6)
         # Scaled before they are rounded to a half input's dtype: a loss scaler relies on it.
         result = [

@@ -23,7 +23,11 @@ except ImportError as error:
     )
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CPU_DTYPES = {"distance_softmax": FLOATING, "extract_patches": (torch.uint8, *FLOATING)}
+CPU_DTYPES = {
+    "distance_softmax": FLOATING,
+    "extract_patches": (torch.uint8, *FLOATING),
+    "triplet_distances": FLOATING,
+}
 
 
 def why_not(op: str, tensor: Tensor) -> str | None:
@@ -59,4 +63,10 @@ if _C is not None:
         extract_patches_forward,
         first_invalid_box,
         sample_coords,
+    )
+    from fastcontrast.backends.native.triplet_distances import (  # noqa: F401
+        triplet_difference_backward,
+        triplet_difference_forward,
+        triplet_distances_backward,
+        triplet_distances_forward,
     )

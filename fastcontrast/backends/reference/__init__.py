@@ -19,6 +19,12 @@ from fastcontrast.backends.reference.extract_patches import (
     first_invalid_box,
     sample_coords,
 )
+from fastcontrast.backends.reference.triplet_distances import (
+    triplet_difference_backward,
+    triplet_difference_forward,
+    triplet_distances_backward,
+    triplet_distances_forward,
+)
 
 __all__ = [
     "distance_softmax_backward",
@@ -28,6 +34,10 @@ __all__ = [
     "first_invalid_box",
     "sample_coords",
     "softmax_loss",
+    "triplet_difference_backward",
+    "triplet_difference_forward",
+    "triplet_distances_backward",
+    "triplet_distances_forward",
     "why_not",
 ]
 

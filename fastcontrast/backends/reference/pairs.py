@@ -2,7 +2,7 @@
 
 The Gram identity loses near pairs, and a positive is a near pair when training goes well; so its
 score never comes from the streamed matrix of ``distance_softmax``. Differentiable any number of
-times. Called through ``fastcontrast/ops/pairs.py``, on every device.
+times. Called by the other files of this folder, on every device.
 """
 
 from __future__ import annotations

@@ -1,0 +1,148 @@
+"""`triplet_distances` on CPU: one C++ pass over the triplets in each direction.
+
+The kernels are csrc/cpu/triplet_distances.cpp. Points are read in place where their rows are
+contiguous, whatever lies between rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcontrast import _C
+from fastcontrast.backends.native.extract_patches import SCALARS
+from fastcontrast.backends.scores import METRICS, accumulator_dtype
+
+# Elements of the points below which starting threads takes longer than the work.
+THREADING_MINIMUM = 1 << 18
+
+Addresses = tuple[int, int, int]
+NO_ADDRESSES = (0, 0, 0)
+
+
+def triplet_distances_forward(
+    anchor: Tensor, positive: Tensor, negative: Tensor, metric: str, between: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances of the three pairs, each [M]; the last is empty unless ``between``."""
+    rows = anchor.shape[0]
+    dtype = accumulator_dtype(anchor.dtype)
+    to_positive = anchor.new_empty(rows, dtype=dtype)
+    to_negative = anchor.new_empty(rows, dtype=dtype)
+    of_others = anchor.new_empty(rows if between else 0, dtype=dtype)
+    points = _Points(anchor, positive, negative, metric)
+    _C.triplet_distances_forward(
+        *points.arguments,
+        (to_positive.data_ptr(), to_negative.data_ptr(), of_others.data_ptr() if between else 0),
+        0,
+    )
+    return to_positive, to_negative, of_others
+
+
+def triplet_distances_backward(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    distances: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    metric: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the points, each [M, D], from those of the distances; empty where not needed.
+
+    A distance whose gradient is None has none.
+    """
+    dtype = distances[0].dtype
+    kept = [None if grad is None else grad.to(dtype).contiguous() for grad in grads]
+    return _Points(anchor, positive, negative, metric).gradients(
+        needs,
+        tuple(distance.data_ptr() if distance.numel() else 0 for distance in distances),
+        (tuple(0 if grad is None else grad.data_ptr() for grad in kept), 0, 0, 0, 1.0),
+    )
+
+
+def triplet_difference_forward(
+    anchor: Tensor, positive: Tensor, negative: Tensor, metric: str, swap: bool
+) -> tuple[Tensor, Tensor]:
+    """Difference d₊ - d₋ [M], and the distances that it came from [2, M], with ``swap`` [3, M]."""
+    out = anchor.new_empty(
+        (4 if swap else 3, anchor.shape[0]), dtype=accumulator_dtype(anchor.dtype)
+    )
+    distances = out[1:]
+    points = _Points(anchor, positive, negative, metric)
+    _C.triplet_distances_forward(*points.arguments, _addresses(distances), out.data_ptr())
+    return out[0], distances
+
+
+def triplet_difference_backward(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    distances: Tensor,
+    slope: Tensor,
+    upstream: Tensor,
+    factor: float,
+    metric: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the points, from ``slope · factor · upstream`` [M], that of the difference.
+
+    ``upstream`` is [M], or one number.
+    """
+    slope = slope.contiguous()
+    upstream = upstream.contiguous()
+    return _Points(anchor, positive, negative, metric).gradients(
+        needs,
+        _addresses(distances),
+        (NO_ADDRESSES, slope.data_ptr(), upstream.data_ptr(), upstream.dim(), factor),
+    )
+
+
+class _Points:
+    """The triplets of a call with what forward and backward share, as the C++ functions take it."""
+
+    def __init__(self, anchor: Tensor, positive: Tensor, negative: Tensor, metric: str) -> None:
+        if anchor.stride(1) != 1:
+            anchor = anchor.contiguous()
+        if positive.stride(1) != 1:
+            positive = positive.contiguous()
+        if negative.stride(1) != 1:
+            negative = negative.contiguous()
+        self.kept = anchor, positive, negative  # for as long as C++ reads them
+        rows, dim = self.shape = anchor.shape
+        threads = torch.get_num_threads() if 3 * rows * dim >= THREADING_MINIMUM else 1
+        self.arguments = (
+            (anchor.data_ptr(), positive.data_ptr(), negative.data_ptr()),
+            (anchor.stride(0), positive.stride(0), negative.stride(0)),
+            SCALARS[anchor.dtype],
+            rows,
+            dim,
+            METRICS.index(metric),
+            threads,
+        )
+
+    def gradients(
+        self, needs: tuple[bool, bool, bool], distances: Addresses, source: tuple[object, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the points [M, D] each; empty where not needed."""
+        anchor, shape = self.kept[0], self.shape
+        of_anchor = anchor.new_empty(shape if needs[0] else 0)
+        of_positive = anchor.new_empty(shape if needs[1] else 0)
+        of_negative = anchor.new_empty(shape if needs[2] else 0)
+        _C.triplet_distances_backward(
+            *self.arguments,
+            distances,
+            *source,
+            (
+                of_anchor.data_ptr() if needs[0] else 0,
+                of_positive.data_ptr() if needs[1] else 0,
+                of_negative.data_ptr() if needs[2] else 0,
+            ),
+        )
+        return of_anchor, of_positive, of_negative
+
+
+def _addresses(distances: Tensor) -> Addresses:
+    """Of the rows of a contiguous [2, M] or [3, M]."""
+    first = distances.data_ptr()
+    step = distances.stride(0) * distances.element_size()
+    return first, first + step, first + 2 * step if distances.shape[0] == 3 else 0

@@ -1,5 +1,0 @@
-"""Distances of given pairs, for ``fastcontrast/losses``: the same code for every backend."""
-
-from fastcontrast.backends.reference.pairs import paired_distance
-
-__all__ = ["paired_distance"]
