@@ -74,3 +74,11 @@ def triplet_ratio(anchor, positive, negative, objective: str) -> float:
     a, b = math.dist(anchor, positive), math.dist(anchor, negative)
     share = math.exp(a) / (math.exp(a) + math.exp(b))
     return share**2 if objective == "mse" else -math.log(1 - share)
+
+
+def triplet_margin(anchor, positive, negative, margin: float | None, metric: str, swap: bool):
+    power = 1 if metric == "l2" else 2
+    a, b = math.dist(anchor, positive) ** power, math.dist(anchor, negative) ** power
+    if swap:
+        b = min(b, math.dist(positive, negative) ** power)
+    return math.log(1 + math.exp(a - b)) if margin is None else max(0.0, a - b + margin)

@@ -262,6 +262,8 @@ MODULES = [
      lambda: (random(4, 3), random(2, 3), torch.tensor([0, -1, 1, -1]))),
     (fc.TripletRatioLoss(objective="nll", reduction="sum"), fc.triplet_ratio_loss,
      {"objective": "nll", "reduction": "sum"}, lambda: (random(4, 3), random(4, 3), random(4, 3))),
+    (fc.TripletMarginLoss(margin=0.3, swap=True), fc.triplet_margin_loss,
+     {"margin": 0.3, "swap": True}, lambda: (random(4, 3), random(4, 3), random(4, 3))),
 ]  # fmt: skip
 
 

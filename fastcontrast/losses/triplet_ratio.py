@@ -13,7 +13,7 @@ from fastcontrast.ops.triplet_loss import triplet_loss
 def _squared_error(difference: Tensor) -> tuple[Tensor, Tensor]:
     """d₊² and its derivative 2 d₊² (1 - d₊), where 1 - d₊ is a sigmoid too and loses nothing."""
     loss = difference.sigmoid().square()
-    return loss, 2 * loss * (-difference).sigmoid()
+    return loss, (loss + loss) * (-difference).sigmoid()
 
 
 def _likelihood(difference: Tensor) -> tuple[Tensor, Tensor]:

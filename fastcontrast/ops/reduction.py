@@ -11,5 +11,4 @@ def reduce(loss: Tensor, reduction: str) -> Tensor:
     """Mean, sum or the rows themselves [M]. The mean of no rows is 0, with gradient 0."""
     if reduction == "none":
         return loss
-    total = loss.sum()
-    return total / max(1, loss.shape[0]) if reduction == "mean" else total
+    return loss.mean() if reduction == "mean" and loss.shape[0] else loss.sum()

@@ -132,15 +132,16 @@ class _EagerTripletDistances(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate again
 
-            def distances_of(*points: Tensor) -> list[Tensor]:
-                return differentiable_distances(*points, metric, between)
+            def distances_of(a: Tensor, p: Tensor, n: Tensor) -> list[Tensor]:
+                return differentiable_distances(a, p, n, metric, between)
 
             points = (anchor, positive, negative)
             grads = grads if between else grads[:2]
             return (*differentiable_gradients(distances_of, points, grads, needs), *[None] * 3)
-        found = _triplet_distances_backward(
-            anchor, positive, negative, *distances, *grads, metric, backend, needs
-        )
+        found = backends.run(
+            backend, "triplet_distances_backward", anchor, positive, negative, tuple(distances),
+            grads, metric, needs,
+        )  # fmt: skip
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 3)
 
 

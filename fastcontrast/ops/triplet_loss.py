@@ -79,31 +79,30 @@ class _TripletLoss(torch.autograd.Function):
         swap: bool,
         backend: str,
     ) -> Tensor:
-        with backends.autocast_off(anchor.device.type):
-            values, distances = backends.run(
-                backend, "triplet_difference_forward", anchor, positive, negative, metric, swap
-            )
-            loss, slope = row_loss(values)
-        ctx.save_for_backward(anchor, positive, negative, distances, slope)
+        found = backends.run(
+            backend, "triplet_difference_forward", anchor, positive, negative, metric, swap
+        )
+        loss, slope = row_loss(found[0])
+        ctx.save_for_backward(anchor, positive, negative, found, slope)
         ctx.options = (row_loss, reduction, metric, swap, backend)
         return reduce(loss, reduction)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        anchor, positive, negative, distances, slope = ctx.saved_tensors
+        anchor, positive, negative, found, slope = ctx.saved_tensors
         row_loss, reduction, metric, swap, backend = ctx.options
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate again
 
-            def loss(*points: Tensor) -> list[Tensor]:
-                found = differentiable_distances(*points, metric, swap)
-                return [reduce(row_loss(difference(found))[0], reduction)]
+            def loss(a: Tensor, p: Tensor, n: Tensor) -> list[Tensor]:
+                distances = differentiable_distances(a, p, n, metric, swap)
+                return [reduce(row_loss(difference(distances))[0], reduction)]
 
             points = (anchor, positive, negative)
             return (*differentiable_gradients(loss, points, upstream, needs), *NO_GRADIENTS)
         factor = 1.0 / max(1, anchor.shape[0]) if reduction == "mean" else 1.0
         a, p, n = backends.run(
-            backend, "triplet_difference_backward", anchor, positive, negative, distances, slope,
+            backend, "triplet_difference_backward", anchor, positive, negative, found, slope,
             upstream[0], factor, metric, needs,
         )  # fmt: skip
         return (

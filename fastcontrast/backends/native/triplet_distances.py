@@ -52,32 +52,31 @@ def triplet_distances_backward(
     A distance whose gradient is None has none.
     """
     dtype = distances[0].dtype
-    kept = [None if grad is None else grad.to(dtype).contiguous() for grad in grads]
+    first, second, third = (None if g is None else g.to(dtype).contiguous() for g in grads)
+    to_positive, to_negative, of_others = distances
     return _Points(anchor, positive, negative, metric).gradients(
         needs,
-        tuple(distance.data_ptr() if distance.numel() else 0 for distance in distances),
-        (tuple(0 if grad is None else grad.data_ptr() for grad in kept), 0, 0, 0, 1.0),
+        (to_positive.data_ptr(), to_negative.data_ptr(), of_others.data_ptr()),
+        ((_address(first), _address(second), _address(third)), 0, 0, 0, 1.0),
     )
 
 
 def triplet_difference_forward(
     anchor: Tensor, positive: Tensor, negative: Tensor, metric: str, swap: bool
-) -> tuple[Tensor, Tensor]:
-    """Difference d₊ - d₋ [M], and the distances that it came from [2, M], with ``swap`` [3, M]."""
-    out = anchor.new_empty(
-        (4 if swap else 3, anchor.shape[0]), dtype=accumulator_dtype(anchor.dtype)
-    )
-    distances = out[1:]
+) -> Tensor:
+    """Difference d₊ - d₋ and the distances that it came from, [3, M]; with ``swap`` [4, M]."""
+    dtype = accumulator_dtype(anchor.dtype)
+    out = anchor.new_empty((4 if swap else 3, anchor.shape[0]), dtype=dtype)
     points = _Points(anchor, positive, negative, metric)
-    _C.triplet_distances_forward(*points.arguments, _addresses(distances), out.data_ptr())
-    return out[0], distances
+    _C.triplet_distances_forward(*points.arguments, _distances(out), out.data_ptr())
+    return out
 
 
 def triplet_difference_backward(
     anchor: Tensor,
     positive: Tensor,
     negative: Tensor,
-    distances: Tensor,
+    found: Tensor,
     slope: Tensor,
     upstream: Tensor,
     factor: float,
@@ -86,13 +85,13 @@ def triplet_difference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the points, from ``slope · factor · upstream`` [M], that of the difference.
 
-    ``upstream`` is [M], or one number.
+    ``found`` is what the forward pass returned; ``upstream`` is [M], or one number.
     """
     slope = slope.contiguous()
     upstream = upstream.contiguous()
     return _Points(anchor, positive, negative, metric).gradients(
         needs,
-        _addresses(distances),
+        _distances(found),
         (NO_ADDRESSES, slope.data_ptr(), upstream.data_ptr(), upstream.dim(), factor),
     )
 
@@ -141,8 +140,13 @@ class _Points:
         return of_anchor, of_positive, of_negative
 
 
-def _addresses(distances: Tensor) -> Addresses:
-    """Of the rows of a contiguous [2, M] or [3, M]."""
-    first = distances.data_ptr()
-    step = distances.stride(0) * distances.element_size()
-    return first, first + step, first + 2 * step if distances.shape[0] == 3 else 0
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _distances(found: Tensor) -> Addresses:
+    """Of the distances in what :func:`triplet_difference_forward` returns."""
+    count, rows = found.shape
+    step = rows * found.element_size()
+    first = found.data_ptr() + step
+    return first, first + step, first + 2 * step if count == 4 else 0

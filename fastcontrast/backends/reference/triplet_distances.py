@@ -41,9 +41,7 @@ def triplet_distances_backward(
     """
     dtype = accumulator_dtype(anchor.dtype)
     points = [point.to(dtype) for point in (anchor, positive, negative)]
-    sums = [
-        torch.zeros_like(point) if need else None for point, need in zip(points, needs, strict=True)
-    ]
+    sums = [torch.zeros_like(point) for point in points]
     for (i, j), distance, grad in zip(PAIRS, distances, grads, strict=True):
         if grad is None:
             continue
@@ -53,27 +51,28 @@ def triplet_distances_backward(
             coincident = distance == 0
             weight = torch.where(coincident, 0.0, grad / torch.where(coincident, 1.0, distance))
         pull = weight[:, None] * (points[i] - points[j])
-        if sums[i] is not None:
-            sums[i] += pull
-        if sums[j] is not None:
-            sums[j] -= pull
-    empty = anchor.new_empty(0)
-    return tuple(empty if total is None else total.to(anchor.dtype) for total in sums)
+        sums[i] += pull
+        sums[j] -= pull
+    a, p, n = (
+        total.to(anchor.dtype) if need else anchor.new_empty(0)
+        for total, need in zip(sums, needs, strict=True)
+    )
+    return a, p, n
 
 
 def triplet_difference_forward(
     anchor: Tensor, positive: Tensor, negative: Tensor, metric: str, swap: bool
-) -> tuple[Tensor, Tensor]:
-    """Difference d₊ - d₋ [M], and the distances that it came from [2, M], with ``swap`` [3, M]."""
+) -> Tensor:
+    """Difference d₊ - d₋ and the distances that it came from, [3, M]; with ``swap`` [4, M]."""
     distances = differentiable_distances(anchor, positive, negative, metric, swap)
-    return difference(distances), torch.stack(distances)
+    return torch.stack([difference(distances), *distances])
 
 
 def triplet_difference_backward(
     anchor: Tensor,
     positive: Tensor,
     negative: Tensor,
-    distances: Tensor,
+    found: Tensor,
     slope: Tensor,
     upstream: Tensor,
     factor: float,
@@ -82,8 +81,9 @@ def triplet_difference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the points, from ``slope · factor · upstream`` [M], that of the difference.
 
-    ``upstream`` is [M], or one number.
+    ``found`` is what the forward pass returned; ``upstream`` is [M], or one number.
     """
+    distances = found[1:]
     grad = slope * (upstream * factor)
     grads = (grad, -grad, None)
     if distances.shape[0] == 3:
