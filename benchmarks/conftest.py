@@ -37,7 +37,12 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     rounds = request.config.getoption("--rounds")
     torch.set_num_threads(request.config.getoption("--threads"))
 
-    def run(job: str, ours: Callable[[], Any], peers: dict[str, Callable[[], Any]]) -> None:
+    def run(
+        job: str,
+        ours: Callable[[], Any],
+        peers: dict[str, Callable[[], Any]],
+        control: str = CONTROL,
+    ) -> None:
         times: dict[str, list[float]] = {name: [] for name in peers}
         for function in (ours, *peers.values()):
             function()  # compiles, allocates, wakes threads
@@ -50,9 +55,9 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
 
         benchmark.pedantic(ours, setup=others, rounds=rounds)
         row = {"job": job, "fastcontrast": list(benchmark.stats.stats.data)} | times
-        control = times.get(CONTROL)
-        if control:
-            row["drift"] = statistics.median(control) / min(control) - 1
+        if control in times:
+            row["control"] = control
+            row["drift"] = statistics.median(times[control]) / min(times[control]) - 1
         _rows.append(row)
 
     return run
@@ -71,17 +76,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         config.getoption("--record").write_text(json.dumps(record, indent=1) + "\n")
     write = terminalreporter.write_line
     write("")
-    write(f"ms minimum / median; x = minimum of the {CONTROL} over minimum; higher is better")
+    write("ms minimum / median; x = minimum of the control over minimum; higher is better")
     for row in _rows:
         drift = row.pop("drift", None)
         job = row.pop("job")
-        note = "" if drift is None else f"  (median {CONTROL} {drift:+.0%} over minimum"
+        control = row.pop("control", None)
+        note = "" if drift is None else f"  (control: {control}, median {drift:+.0%} over minimum"
         note += (
             ": the machine was busy)" if drift is not None and drift > 0.15 else ")" if note else ""
         )
         write(f"{job}{note}")
-        control = min(row[CONTROL]) if CONTROL in row else None
         for name, seconds in row.items():
-            ratio = "" if control is None else f"  x {control / min(seconds):5.2f}"
+            ratio = "" if control is None else f"  x {min(row[control]) / min(seconds):5.2f}"
             low, middle = 1e3 * min(seconds), 1e3 * statistics.median(seconds)
             write(f"  {name:28}{low:10.3f} /{middle:10.3f}{ratio}")
