@@ -88,13 +88,16 @@ def test_triplets(rows: int, dim: int, job: str, race: Callable[..., None]) -> N
 @pytest.mark.parametrize(("rows", "dim"), [(128, 128), (1024, 128)])
 def test_beside_metric_learning(rows: int, dim: int, race: Callable[..., None]) -> None:
     """It takes the distances of all pairs of rows and picks the triplets' from them."""
-    library = pytest.importorskip(
-        "pytorch_metric_learning", reason="pytorch-metric-learning is not installed"
+    losses, distances, reducers = (
+        pytest.importorskip(
+            f"pytorch_metric_learning.{part}", reason="pytorch-metric-learning is not installed"
+        )
+        for part in ("losses", "distances", "reducers")
     )
-    module = library.losses.TripletMarginLoss(
+    module = losses.TripletMarginLoss(
         margin=1.0,
-        distance=library.distances.LpDistance(normalize_embeddings=False),
-        reducer=library.reducers.MeanReducer(),
+        distance=distances.LpDistance(normalize_embeddings=False),
+        reducer=reducers.MeanReducer(),
     )
     index = torch.arange(rows)
 
