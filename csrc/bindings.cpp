@@ -13,6 +13,7 @@
 #include "cpu/distance_softmax.h"
 #include "cpu/extract_patches.h"
 #include "cpu/isa.h"
+#include "cpu/nearest.h"
 #include "cpu/triplet_distances.h"
 #if defined(FASTCONTRAST_HAVE_CUDA)
 #include "cuda/device.h"
@@ -135,6 +136,32 @@ void softmax_loss(const py::kwargs& a) {
   rows.loss = at<T>(a["loss"].cast<Address>());
   py::gil_scoped_release release;
   if (!FASTCONTRAST_DISPATCH(softmax_loss, tile, rows, grad)) throw std::bad_alloc();
+}
+
+template <typename T>
+void nearest(const py::kwargs& a) {
+  const cpu::Tile<T> tile = tile_from<T>(a);
+  cpu::NearestRows<T> rows;
+  rows.k = a["k"].cast<std::int64_t>();
+  rows.farthest = a["farthest"].cast<bool>();
+  rows.first = a["first"].cast<bool>();
+  rows.last = a["last"].cast<bool>();
+  rows.x_size = at<const T>(a["x_size"].cast<Address>());
+  rows.y_size = at<const T>(a["y_size"].cast<Address>());
+  rows.points = at<const T>(a["points"].cast<Address>());
+  rows.x_norm = at<const double>(a["x_norm"].cast<Address>());
+  rows.y_norm = at<const double>(a["y_norm"].cast<Address>());
+  rows.capacity = a["capacity"].cast<std::int64_t>();
+  rows.lower = at<T>(a["lower"].cast<Address>());
+  rows.upper = at<T>(a["upper"].cast<Address>());
+  rows.column = at<std::int64_t>(a["column"].cast<Address>());
+  rows.count = at<std::int64_t>(a["count"].cast<Address>());
+  rows.limit = at<T>(a["limit"].cast<Address>());
+  rows.scratch = at<fastcontrast::Neighbor>(a["scratch"].cast<Address>());
+  rows.values = at<T>(a["found"].cast<Address>());
+  rows.indices = at<std::int64_t>(a["indices"].cast<Address>());
+  py::gil_scoped_release release;
+  FASTCONTRAST_DISPATCH(nearest, tile, rows);
 }
 
 // Boxes, sizes and the channels' affine map, from the keyword arguments that forward and backward
@@ -343,6 +370,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("subtract_scaled_rows_float64", &subtract_scaled_rows<double>);
   m.def("softmax_loss_float32", &softmax_loss<float>);
   m.def("softmax_loss_float64", &softmax_loss<double>);
+  m.def("nearest_float32", &nearest<float>);
+  m.def("nearest_float64", &nearest<double>);
   m.def("extract_patches_forward", &extract_patches_forward);
   m.def("extract_patches_backward", &extract_patches_backward);
   m.def("sample_coords", &sample_coords);

@@ -19,6 +19,7 @@ from fastcontrast.losses import (
     triplet_ratio_loss,
 )
 from fastcontrast.ops.distance_softmax import RowStatistics, distance_softmax
+from fastcontrast.ops.nearest import Nearest, nearest
 from fastcontrast.ops.triplet_distances import TripletDistances, triplet_distances
 from fastcontrast.patches import (
     Patches,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "InfoNCELoss",
     "MetricEmbeddingLoss",
+    "Nearest",
     "Patches",
     "RandomPatches",
     "RowStatistics",
@@ -47,6 +49,7 @@ __all__ = [
     "extract_patches",
     "info_nce_loss",
     "metric_embedding_loss",
+    "nearest",
     "random_patches",
     "sample_coords",
     "spatial_contrasting_loss",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcontrast.backends import native, reference
 
-OPS = ("distance_softmax", "extract_patches", "triplet_distances")
+OPS = ("distance_softmax", "extract_patches", "nearest", "triplet_distances")
 
 # Fastest first: `backend=None` takes the first that can run.
 BACKENDS: dict[str, ModuleType] = {

@@ -1,6 +1,6 @@
-"""How the scores of a call are formed: what every backend of `distance_softmax` is handed.
+"""How the scores of a call are formed: what every backend of a pairwise op is handed.
 
-Filled by ``fastcontrast/ops/distance_softmax.py``, which has checked it; read by the backends.
+Filled by ``fastcontrast/ops``, which has checked it; read by the backends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class Scores(NamedTuple):
     """Metric, scale, mask and precision of one call.
 
     Attributes:
-        metric: One of :data:`METRICS`; ``s = -scale d``, ``-scale d²`` or ``scale x·y``.
+        metric: One of :data:`METRICS`; ``s = -scale d``, ``-scale d²`` or ``scale x·y``. Or
+            "cosine", which `nearest` alone is handed.
         scale: Positive number or 0-dim tensor.
         exclude: Columns left out of each row, [M, E] with E <= 2; values outside 0..N-1 name none.
         row_ids: Integers [M], or None when ``keep`` is "all".
@@ -117,6 +118,12 @@ def transposed(scores: Scores, columns: int) -> Scores:
         exclude[torch.where(inside, scores.exclude[:, 0], columns), 0] = rows
         exclude = exclude[:columns]
     return scores._replace(exclude=exclude, row_ids=scores.column_ids, column_ids=scores.row_ids)
+
+
+def padding(metric: str, farthest: bool) -> float:
+    """Value of `nearest` where a row has fewer than k columns: the end of the order."""
+    is_similarity = metric in ("dot", "cosine")
+    return float("inf") if is_similarity == farthest else -float("inf")
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcontrast.backends.scores import METRICS as backend_metrics
-from fastcontrast.backends.scores import PRECISIONS, accumulator_dtype
+from fastcontrast.backends.scores import KEEPS, PRECISIONS, accumulator_dtype
 
 METRICS = (*backend_metrics, "cosine")  # what users may ask for; backends see cosine as dot
 PRECISION_CHOICES = ("auto", *PRECISIONS)
@@ -85,6 +85,14 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def check_count(name: str, value: int) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def check_integers(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise unless ``value`` is an int64 or int32 tensor of that shape on that device."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
@@ -94,6 +102,33 @@ def check_integers(name: str, value: Tensor, shape: tuple[int, ...], device: tor
         raise ValueError(f"{name} must be on {device} with the operands, got {value.device}")
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+
+
+def check_mask(
+    x: Tensor,
+    y: Tensor,
+    exclude: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    keep: str,
+) -> Tensor | None:
+    """Return ``exclude`` as [M, E], or raise unless the mask of a pairwise op is well formed."""
+    check_choice("keep", keep, KEEPS)
+    m, n = x.shape[0], y.shape[0]
+    if exclude is not None:
+        if isinstance(exclude, Tensor) and exclude.dim() == 1:
+            exclude = exclude[:, None]
+        width = exclude.shape[-1] if isinstance(exclude, Tensor) and exclude.dim() == 2 else 1
+        check_integers("exclude", exclude, (m, min(width, 2)), x.device)
+    if keep == "all":
+        if row_ids is not None or column_ids is not None:
+            raise ValueError('row_ids and column_ids need keep="same" or keep="different"')
+        return exclude
+    for name, ids, length in (("row_ids", row_ids, m), ("column_ids", column_ids, n)):
+        if ids is None:
+            raise ValueError(f'keep="{keep}" needs {name}, an integer tensor [{length}]')
+        check_integers(name, ids, (length,), x.device)
+    return exclude
 
 
 def check_thresholds(value: Tensor, rows: int, device: torch.device) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from fastcontrast import backends
 from fastcontrast.backends.reference.distance_softmax import differentiable_statistics
 from fastcontrast.backends.scores import (
-    KEEPS,
     PRECISIONS,
     RowGradients,
     Scores,
@@ -31,7 +30,7 @@ from fastcontrast.ops.checks import (
     METRICS,
     PRECISION_CHOICES,
     check_choice,
-    check_integers,
+    check_mask,
     check_operands,
     check_scale,
     check_thresholds,
@@ -127,24 +126,10 @@ def distance_softmax(
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = x.to(dtype), y.to(dtype)
     check_choice("metric", metric, METRICS)
-    check_choice("keep", keep, KEEPS)
     check_choice("precision", precision, PRECISION_CHOICES)
-    m, n = x.shape[0], y.shape[0]
-    if exclude is not None:
-        if isinstance(exclude, Tensor) and exclude.dim() == 1:
-            exclude = exclude[:, None]
-        width = exclude.shape[-1] if isinstance(exclude, Tensor) and exclude.dim() == 2 else 1
-        check_integers("exclude", exclude, (m, min(width, 2)), x.device)
-    if keep == "all":
-        if row_ids is not None or column_ids is not None:
-            raise ValueError('row_ids and column_ids need keep="same" or keep="different"')
-    else:
-        for name, ids, length in (("row_ids", row_ids, m), ("column_ids", column_ids, n)):
-            if ids is None:
-                raise ValueError(f'keep="{keep}" needs {name}, an integer tensor [{length}]')
-            check_integers(name, ids, (length,), x.device)
+    exclude = check_mask(x, y, exclude, row_ids, column_ids, keep)
     if threshold is not None:
-        check_thresholds(threshold, m, x.device)
+        check_thresholds(threshold, x.shape[0], x.device)
         threshold = threshold.detach()
     if metric == "cosine":
         x, y, metric = normalized(x), normalized(y), "dot"

@@ -26,6 +26,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CPU_DTYPES = {
     "distance_softmax": FLOATING,
     "extract_patches": (torch.uint8, *FLOATING),
+    "nearest": FLOATING,
     "triplet_distances": FLOATING,
 }
 
@@ -64,6 +65,7 @@ if _C is not None:
         first_invalid_box,
         sample_coords,
     )
+    from fastcontrast.backends.native.nearest import nearest_columns  # noqa: F401
     from fastcontrast.backends.native.triplet_distances import (  # noqa: F401
         triplet_difference_backward,
         triplet_difference_forward,

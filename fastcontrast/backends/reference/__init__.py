@@ -19,6 +19,7 @@ from fastcontrast.backends.reference.extract_patches import (
     first_invalid_box,
     sample_coords,
 )
+from fastcontrast.backends.reference.nearest import nearest_columns
 from fastcontrast.backends.reference.triplet_distances import (
     triplet_difference_backward,
     triplet_difference_forward,
@@ -32,6 +33,7 @@ __all__ = [
     "extract_patches_backward",
     "extract_patches_forward",
     "first_invalid_box",
+    "nearest_columns",
     "sample_coords",
     "softmax_loss",
     "triplet_difference_backward",

@@ -1,17 +1,18 @@
 """`distance_softmax` by definition: direct differences, dense masks, PyTorch's own softmax.
 
-Rows go in chunks of at most CHUNK_ELEMENTS scores. :func:`differentiable_statistics` is the same
+Rows go in chunks. :func:`differentiable_statistics` is the same
 computation left open to autograd: double backward goes through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcontrast.backends.reference.blocks import columns_that_count, of_rows, row_chunks
 from fastcontrast.backends.reference.pairs import paired_scores
 from fastcontrast.backends.scores import (
     LossGradients,
@@ -24,8 +25,6 @@ from fastcontrast.backends.scores import (
     transposed,
 )
 
-CHUNK_ELEMENTS = 1 << 22
-
 
 def distance_softmax_forward(
     x: Tensor, y: Tensor, scores: Scores, threshold: Tensor | None, score_sum: bool
@@ -33,8 +32,8 @@ def distance_softmax_forward(
     """Statistics of every row."""
     out = empty_statistics(x, score_sum=score_sum, rank=threshold is not None)
     out.lse_residual.zero_()  # the backward pass starts from the scores, not from lse
-    for rows in _row_chunks(x, y):
-        part = _of_rows(scores, rows)
+    for rows in row_chunks(x, y):
+        part = of_rows(scores, rows)
         s, counts = _masked(
             _similarity(*_operands(x[rows], y, part), part.metric) * part.scale, part
         )
@@ -60,8 +59,8 @@ def distance_softmax_backward(
     dx = torch.zeros_like(x, dtype=dtype) if needs[0] else x.new_empty(0)
     dy = torch.zeros_like(y, dtype=dtype) if needs[1] else y.new_empty(0)
     dscale = x.new_zeros((), dtype=dtype) if needs[2] else x.new_empty(0, dtype=dtype)
-    for rows in _row_chunks(x, y):
-        part = _of_rows(scores, rows)
+    for rows in row_chunks(x, y):
+        part = of_rows(scores, rows)
         a, b = _operands(x[rows], y, part)
         similarity = _similarity(a, b, part.metric)
         s, counts = _masked(similarity * part.scale, part)
@@ -235,18 +234,6 @@ def differentiable_statistics(
     return _softmax_statistics(*_masked(similarity * scores.scale, scores))
 
 
-def _row_chunks(x: Tensor, y: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS // max(1, y.shape[0]))
-    return (slice(start, start + step) for start in range(0, x.shape[0], step))
-
-
-def _of_rows(scores: Scores, rows: slice) -> Scores:
-    return scores._replace(
-        exclude=None if scores.exclude is None else scores.exclude[rows],
-        row_ids=None if scores.row_ids is None else scores.row_ids[rows],
-    )
-
-
 def _operands(x: Tensor, y: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Both sides in the accumulator dtype, rounded as the precision allows."""
     dtype = accumulator_dtype(x.dtype)
@@ -270,15 +257,7 @@ def _similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
 
 def _masked(s: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Scores with -inf where a column does not count, and which columns count, both [M, N]."""
-    counts = torch.ones(s.shape, dtype=torch.bool, device=s.device)
-    if scores.exclude is not None and s.shape[1] > 0:
-        inside = (scores.exclude >= 0) & (scores.exclude < s.shape[1])
-        for e in range(scores.exclude.shape[1]):
-            rows = inside[:, e].nonzero()[:, 0]
-            counts[rows, scores.exclude[rows, e].to(torch.int64)] = False
-    if scores.row_ids is not None and scores.column_ids is not None:
-        same = scores.row_ids[:, None] == scores.column_ids[None, :]
-        counts &= same if scores.keep == "same" else ~same
+    counts = columns_that_count(s, scores)
     return s.masked_fill(~counts, -torch.inf), counts
 
 

@@ -1,0 +1,53 @@
+"""`nearest` by definition: all direct differences in float64, masked, and a stable sort of each row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcontrast.backends.reference.blocks import (
+    CHUNK_ELEMENTS,
+    columns_that_count,
+    of_rows,
+    row_chunks,
+)
+from fastcontrast.backends.scores import Scores, accumulator_dtype, padding
+
+
+def nearest_columns(
+    x: Tensor, y: Tensor, k: int, scores: Scores, farthest: bool
+) -> tuple[Tensor, Tensor]:
+    """Values [M, k] and columns [M, k] of the k nearest of every row."""
+    m, n = x.shape[0], y.shape[0]
+    end = padding(scores.metric, farthest)
+    values = x.new_full((m, k), end, dtype=accumulator_dtype(x.dtype))
+    indices = x.new_full((m, k), -1, dtype=torch.int64)
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+    x, y = x.to(dtype).contiguous(), y.to(dtype).contiguous()
+    for rows in row_chunks(x, y):
+        pairs = _values(x[rows], y, scores.metric)
+        counts = columns_that_count(pairs, of_rows(scores, rows))
+        # Three classes, each in the order of its keys: numbers, NaN, what does not count. Sorts
+        # are stable, so that equal keys stay in the order of columns.
+        order = pairs.nan_to_num(end, torch.inf, -torch.inf).sort(dim=1, descending=end < 0, stable=True).indices
+        place = (pairs.isnan().long() + 2 * (~counts).long()).gather(1, order)
+        place, by_class = place.sort(dim=1, stable=True)
+        order, width = order.gather(1, by_class)[:, :k], min(k, n)
+        found = place[:, :k] < 2
+        values[rows, :width] = torch.where(found, pairs.gather(1, order), end).to(values.dtype)
+        indices[rows, :width] = torch.where(found, order, -1)
+    return values, indices
+
+
+def _values(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    """Distance, squared distance, product or cosine of every pair, [M, N]."""
+    if metric in ("dot", "cosine"):
+        # Not by a matrix product: it may round equal columns differently, and they are to tie.
+        step = max(1, CHUNK_ELEMENTS // max(1, y.numel()))
+        products = torch.cat([(part[:, None] * y).sum(2) for part in x.split(step)])
+        if metric == "dot":
+            return products
+        norms = x.norm(dim=1)[:, None] * y.norm(dim=1)
+        return torch.where(norms == 0, 0.0, products / norms)
+    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    return distance if metric == "l2" else distance.square()
