@@ -53,9 +53,9 @@ FC_INLINE T step_up(T x) {
 //   key_error(dim)·size + key_floor(dim),
 // size = ‖x‖²+‖y‖² of the centred points for distances, ‖x‖·‖y‖ for products. With u = eps/2 and
 // γ = dim·u/(1-dim·u) the bound on a sum of dim products in any order, the dot product and both
-// squared norms are off by γ·size each, rounding the centred points adds 4u·size, and the last steps
-// 5u·size. float: the direct key is taken in double. double: it is off by γ·d² <= 2γ·size itself.
-// The floor covers what underflows.
+// squared norms are off by γ·size each, rounding the centred points adds 4u·size, and the last
+// steps 5u·size. float: the direct key is taken in double. double: it is off by γ·d² <= 2γ·size
+// itself. The floor covers what underflows.
 FC_INLINE float key_error(float, double dim) {
   const double share = dim * FLT_EPSILON;
   return (float)((dim + 8.0) * FLT_EPSILON / (1.0 - (share < 0.5 ? share : 0.5)));
@@ -67,18 +67,19 @@ FC_INLINE double key_error(double, double dim) {
 FC_INLINE float key_floor(float, double dim) { return (float)(4.0 * (dim + 1.0)) * FLT_MIN; }
 FC_INLINE double key_floor(double, double dim) { return 4.0 * (dim + 1.0) * DBL_MIN; }
 
-// A column with the key of its direct difference.
+// A column with the key of its direct difference, as ordered_bits; NaN is the largest.
 struct Neighbor {
-  double key;
+  int64_t key;
   int64_t column;
 };
+FC_INLINE Neighbor neighbor(double key, int64_t column) {
+  return Neighbor{key == key ? to_ordered(key + 0.0) : INT64_MAX, column};  // -0 + 0 = 0
+}
+FC_INLINE double key_of(Neighbor neighbor) { return from_ordered(neighbor.key); }
 
 // The order of the result: smaller key first, NaN last, of equal keys the lower column.
 FC_INLINE bool comes_before(Neighbor a, Neighbor b) {
-  const bool a_nan = a.key != a.key, b_nan = b.key != b.key;
-  if (a_nan != b_nan) return b_nan;
-  if (!a_nan && a.key != b.key) return a.key < b.key;
-  return a.column < b.column;
+  return a.key < b.key || (a.key == b.key && a.column < b.column);
 }
 
 }  // namespace fastcontrast

@@ -3,10 +3,11 @@
 // Tiling: the caller hands over a tile that its GEMM has just written; a thread owns whole rows. A
 //   row keeps a list of candidates between tiles, with bounds of their keys from the product
 //   (common/ranking.h). A column joins unless k keys are known to be below its lower bound. A full
-//   list is cut by the k-th smallest upper bound, or, where bounds cannot tell the candidates apart,
-//   by direct differences. The last tile ranks what is left by direct differences.
+//   list is cut by the k-th smallest upper bound, or, where bounds cannot tell the candidates
+//   apart, by direct differences. The last tile ranks what is left by direct differences.
 // Memory: the tile is read once, in vectors; lists take O(k) per row.
-// Numerics: the product only decides which pairs are taken directly, so results do not depend on its
+// Numerics: the product only decides which pairs are taken directly, so results do not depend on
+// its
 //   rounding, on tiles or on threads. What is not finite in it is always taken directly.
 #include "cpu/nearest.h"
 
@@ -46,9 +47,14 @@ FC_INLINE T pair_size(T x_size, T y_size) {
 // NaN where anything is not finite, or -inf: never above a limit.
 template <bool product, typename T>
 FC_INLINE T lower_bound(const Bounds<T>& bounds, T size, T dot) {
-  const T key = product ? bounds.product_factor * dot
-                        : bounds.size_sign * size + bounds.product_factor * dot;
+  const T key =
+      product ? bounds.product_factor * dot : bounds.size_sign * size + bounds.product_factor * dot;
   return key - (bounds.error * size + bounds.floor);
+}
+
+template <typename T>
+FC_INLINE T upper_bound(const Bounds<T>& bounds, T size, T lower) {
+  return lower + T(2) * (bounds.error * size + bounds.floor);
 }
 
 // Key of one pair from its two points.
@@ -69,10 +75,10 @@ double direct_key(const Tile<T>& tile, const NearestRows<T>& rows, int64_t row, 
   return product == rows.farthest ? sum : -sum;
 }
 
-// The k-th smallest value, by bisection: counting runs in vectors, a selection by exchanges would
-// mispredict half its branches.
+// A bound that at least k values do not pass, and none of the others unless it equals the k-th
+// smallest. By bisection: counting runs in vectors, exchanges would mispredict half their branches.
 template <typename T>
-T kth_smallest(const T* values, int64_t count, int64_t k) {
+T bound_of_smallest(const T* values, int64_t count, int64_t k) {
   T least = values[0], most = values[0];
 #pragma omp simd reduction(min : least) reduction(max : most)
   for (int64_t i = 1; i < count; ++i) {
@@ -86,7 +92,8 @@ T kth_smallest(const T* values, int64_t count, int64_t k) {
     int32_t below = 0;
 #pragma omp simd reduction(+ : below)
     for (int64_t i = 0; i < count; ++i) below += values[i] <= pivot;
-    if (below >= k) {
+    if (below == k) return pivot;
+    if (below > k) {
       high = middle;
     } else {
       low = middle + 1;
@@ -123,7 +130,7 @@ struct List {
 template <typename T>
 void cut_by_bounds(List<T>* list, int64_t k) {
   if (list->count <= k) return;
-  const T limit = kth_smallest(list->upper, list->count, k);
+  const T limit = bound_of_smallest(list->upper, list->count, k);
   list->limit = limit;
   int64_t kept = 0;
   for (int64_t i = 0; i < list->count; ++i) {
@@ -141,7 +148,7 @@ void rank_directly(const Tile<T>& tile, const NearestRows<T>& rows, int64_t row,
                    const List<T>& list, Neighbor* ranked) {
   for (int64_t i = 0; i < list.count; ++i) {
     const int64_t column = list.column[i];
-    ranked[i] = Neighbor{direct_key<product>(tile, rows, row, column), column};
+    ranked[i] = neighbor(direct_key<product>(tile, rows, row, column), column);
   }
   sort_neighbors(ranked, list.count);
 }
@@ -155,12 +162,43 @@ void make_room(const Tile<T>& tile, const NearestRows<T>& rows, int64_t row, Lis
   rank_directly<product>(tile, rows, row, *list, scratch);
   list->count = rows.k;
   for (int64_t i = 0; i < rows.k; ++i) {
-    const double key = scratch[i].key;
+    const double key = key_of(scratch[i]);
     list->lower[i] = key == key ? step_down((T)key) : T(INFINITY);
     list->upper[i] = key == key ? step_up((T)key) : T(INFINITY);
     list->column[i] = scratch[i].column;
   }
   list->limit = list->upper[rows.k - 1];
+}
+
+// A limit to start from, for k of the columns of a row's first tile: with the columns dealt to
+// groups, the k-th smallest of the groups' smallest upper bounds. Little above the true k-th.
+template <bool product, bool masked, typename T>
+T first_limit(const Tile<T>& tile, const NearestRows<T>& rows, int64_t row, int64_t k) {
+  constexpr int64_t MOST = 1024;
+  const int64_t groups = (4 * k + 255) / 256 * 256;
+  if (groups > MOST || 2 * groups > tile.columns) return T(INFINITY);
+  const Bounds<T> bounds = bounds_of<product>(tile, rows.farthest);
+  const T x_size = rows.x_size[row];
+  const int32_t row_id = masked ? tile.row_ids[row] : 0;
+  const bool same = tile.keep == Keep::same;
+  T least[MOST];
+  for (int64_t j = 0; j < groups; ++j) least[j] = T(INFINITY);
+  for (int64_t begin = 0; begin < tile.columns; begin += groups) {
+    const int64_t width = tile.columns - begin < groups ? tile.columns - begin : groups;
+    const T* dot = tile.values + row * tile.columns + begin;
+    const T* y_size = rows.y_size + begin;
+    const int32_t* ids = masked ? tile.column_ids + begin : nullptr;
+#pragma omp simd
+    for (int64_t j = 0; j < width; ++j) {
+      const T size = pair_size<product>(x_size, y_size[j]);
+      const T lower = lower_bound<product>(bounds, size, dot[j]);
+      const T upper = upper_bound(bounds, size, lower);
+      const bool counts = upper - lower < T(INFINITY) && (!masked || (ids[j] == row_id) == same);
+      const T bound = counts ? upper : T(INFINITY);
+      least[j] = bound < least[j] ? bound : least[j];
+    }
+  }
+  return bound_of_smallest(least, groups, k);
 }
 
 template <bool product, bool masked, typename T>
@@ -172,6 +210,10 @@ void collect_row(const Tile<T>& tile, const NearestRows<T>& rows, int64_t row, L
   const T x_size = rows.x_size[row];
   const int32_t row_id = masked ? tile.row_ids[row] : 0;
   const bool same = tile.keep == Keep::same;
+  if (rows.first) {
+    // The excluded columns may be among those that the limit stands on.
+    list->limit = first_limit<product, masked>(tile, rows, row, rows.k + gaps.count);
+  }
   uint8_t passes[CHUNK];
   for (int64_t begin = 0; begin < tile.columns; begin += CHUNK) {
     const int64_t width = tile.columns - begin < CHUNK ? tile.columns - begin : CHUNK;
@@ -201,7 +243,7 @@ void collect_row(const Tile<T>& tile, const NearestRows<T>& rows, int64_t row, L
         const T size = pair_size<product>(x_size, y_size[j]);
         const T lower = lower_bound<product>(bounds, size, dot[j]);
         if (lower > list->limit) continue;
-        const T upper = lower + T(2) * (bounds.error * size + bounds.floor);
+        const T upper = upper_bound(bounds, size, lower);
         const bool known = upper - lower < T(INFINITY);  // neither NaN nor infinite
         list->lower[list->count] = known ? lower : T(-INFINITY);
         list->upper[list->count] = known ? upper : T(INFINITY);
@@ -221,7 +263,7 @@ void write_row(const Tile<T>& tile, const NearestRows<T>& rows, int64_t row, Lis
   const double sign = product == rows.farthest ? 1.0 : -1.0;
   for (int64_t i = 0; i < rows.k; ++i) {
     const bool found = i < list->count;
-    const double value = sign * (found ? scratch[i].key : (double)INFINITY);
+    const double value = sign * (found ? key_of(scratch[i]) : (double)INFINITY);
     values[i] = (T)(tile.metric == Metric::l2 && found ? square_root(value) : value);
     indices[i] = found ? scratch[i].column : -1;
   }
@@ -236,9 +278,11 @@ void search(const Tile<T>& tile, const NearestRows<T>& rows) {
     const int64_t end = tile.rows * (run + 1) / runs;
     for (int64_t row = tile.rows * run / runs; row < end; ++row) {
       const int64_t start = row * rows.capacity;
-      List<T> list{rows.lower + start, rows.upper + start, rows.column + start,
-                   rows.first ? 0 : rows.count[row],
-                   rows.first ? T(INFINITY) : rows.limit[row]};
+      List<T> list{rows.lower + start, rows.upper + start, rows.column + start, 0, T(INFINITY)};
+      if (!rows.first) {
+        list.count = rows.count[row];
+        list.limit = rows.limit[row];
+      }
       collect_row<product, masked>(tile, rows, row, &list, scratch);
       if (rows.last) {
         write_row<product>(tile, rows, row, &list, scratch);
