@@ -28,6 +28,14 @@ from fastcontrast.patches import (
     random_patches,
     sample_coords,
 )
+from fastcontrast.retrieval import (
+    alignment,
+    knn_classify,
+    mean_average_precision_at_r,
+    nearest_neighbors,
+    recall_at_k,
+    uniformity,
+)
 
 if TYPE_CHECKING:
     __version__: str
@@ -44,18 +52,24 @@ __all__ = [
     "TripletMarginLoss",
     "TripletRatioLoss",
     "__version__",
+    "alignment",
     "available_backends",
     "distance_softmax",
     "extract_patches",
     "info_nce_loss",
+    "knn_classify",
+    "mean_average_precision_at_r",
     "metric_embedding_loss",
     "nearest",
+    "nearest_neighbors",
     "random_patches",
+    "recall_at_k",
     "sample_coords",
     "spatial_contrasting_loss",
     "triplet_distances",
     "triplet_margin_loss",
     "triplet_ratio_loss",
+    "uniformity",
 ]
 
 

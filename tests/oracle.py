@@ -76,6 +76,19 @@ def triplet_ratio(anchor, positive, negative, objective: str) -> float:
     return share**2 if objective == "mse" else -math.log(1 - share)
 
 
+def nearest(x: Matrix, y: Matrix, k: int, metric: str, farthest: bool, counting):
+    """Per row: k pairs (value, column), equal values by column, the rest filled with column -1."""
+    similarity = metric in ("dot", "cosine")
+    end = math.inf if similarity == farthest else -math.inf
+    result = []
+    for i, row in enumerate(x):
+        scores = [(score(row, y[j], metric, 1.0), j) for j in counting(i)]
+        scores.sort(key=lambda pair: (pair[0] if farthest else -pair[0], pair[1]))
+        found = [(s if similarity else -s, j) for s, j in scores[:k]]
+        result.append(found + [(end, -1)] * (k - len(found)))
+    return result
+
+
 def triplet_margin(anchor, positive, negative, margin: float | None, metric: str, swap: bool):
     power = 1 if metric == "l2" else 2
     a, b = math.dist(anchor, positive) ** power, math.dist(anchor, negative) ** power

@@ -72,6 +72,7 @@ def test_every_entry_exists_in_every_backend() -> None:
             "sample_coords", "first_invalid_box", "extract_patches_forward",
             "extract_patches_backward",
         ),
+        "nearest": ("nearest_columns",),
         "triplet_distances": (
             "triplet_distances_forward", "triplet_distances_backward",
             "triplet_difference_forward", "triplet_difference_backward",

@@ -1,60 +1,12 @@
-"""Nearest-neighbour evaluation against loops, its tie rules, embedding, and the pictures."""
+"""Nearest-neighbour evaluation, embedding, and the pictures."""
 
-from collections import Counter
-
-import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 from torch import nn
 
-from fastcontrast.train.evaluation import embed, nearest_labels, neighbour_errors, pixel_errors
+from fastcontrast.train.evaluation import embed, neighbour_errors, pixel_errors
 from fastcontrast.train.plots import plot_curve, plot_embedding, principal_directions
-
-
-def _brute_force(references, labels, query, k):
-    """The documented rule, one query at a time, on exact integers."""
-    distances = [sum((a - b) ** 2 for a, b in zip(r, query, strict=True)) for r in references]
-    nearest = sorted(range(len(references)), key=lambda i: (distances[i], i))[:k]
-    votes = Counter(labels[i] for i in nearest)
-    return next(labels[i] for i in nearest if votes[labels[i]] == max(votes.values()))
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 9])
-def test_nearest_labels_equals_a_loop_with_many_ties(k):
-    random = np.random.default_rng(k)
-    references = random.integers(0, 3, (9, 2))  # a 3 x 3 grid: most distances are shared
-    labels = random.integers(0, 4, 9)
-    queries = random.integers(0, 3, (60, 2))
-    expected = [_brute_force(references.tolist(), labels.tolist(), q, k) for q in queries.tolist()]
-    found = nearest_labels(
-        torch.from_numpy(references), torch.from_numpy(labels), torch.from_numpy(queries), k
-    )
-    assert found.tolist() == expected
-
-
-def test_ties_go_to_the_nearer_voter_and_then_to_the_lower_index():
-    references = torch.tensor([[3.0], [1.0], [2.0], [-1.0]])
-    labels = torch.tensor([7, 5, 7, 9])
-    query = torch.tensor([[0.0]])
-    # Nearest first: index 1 and 3 at distance 1 (lower index first), 2 at 2, 0 at 3.
-    assert nearest_labels(references, labels, query, 1).item() == 5
-    assert nearest_labels(references, labels, query, 3).item() == 5  # one vote each: 5, 9, 7
-    assert nearest_labels(references, labels, query, 4).item() == 7  # two votes
-
-
-def test_chunks_change_nothing():
-    generator = torch.Generator().manual_seed(0)
-    references, queries = torch.randn(20, 3, generator=generator), torch.randn(50, 3)
-    labels = torch.arange(20) % 4
-    whole = nearest_labels(references, labels, queries, 3)
-    assert torch.equal(nearest_labels(references, labels, queries, 3, chunk=7), whole)
-
-
-@pytest.mark.parametrize("k", [0, 4])
-def test_k_is_checked(k):
-    with pytest.raises(ValueError, match=f"k is {k}"):
-        nearest_labels(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64), torch.zeros(1, 1), k)
 
 
 def test_errors_are_fractions_by_k():
@@ -67,9 +19,10 @@ def test_bytes_are_not_subtracted_as_bytes():
     references = torch.tensor([[[[250]]], [[[5]]]], dtype=torch.uint8)
     queries = torch.tensor([[[[0]]]], dtype=torch.uint8)  # 0 - 5 wraps to 251, 0 - 250 to 6
     labels = torch.tensor([1, 0])
-    assert nearest_labels(references.flatten(1), labels, queries.flatten(1), 1).item() == 0
-    with pytest.raises(ValueError, match="k is 3"):  # needs five references
-        pixel_errors(references, labels, queries, torch.tensor([0]))
+    references, labels = references.repeat(3, 1, 1, 1), labels.repeat(3)
+    assert pixel_errors(references, labels, queries, torch.tensor([0])) == {1: 0, 3: 0, 5: 0}
+    with pytest.raises(ValueError, match="k must be at most the number of references, 2, got 3"):
+        pixel_errors(references[:2], labels[:2], queries, torch.tensor([0]))
 
 
 def test_embed_uses_evaluation_mode_and_batches_change_nothing():

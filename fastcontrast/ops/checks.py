@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcontrast.backends.scores import METRICS as backend_metrics
 from fastcontrast.backends.scores import KEEPS, PRECISIONS, accumulator_dtype
+from fastcontrast.backends.scores import METRICS as backend_metrics
 
 METRICS = (*backend_metrics, "cosine")  # what users may ask for; backends see cosine as dot
 PRECISION_CHOICES = ("auto", *PRECISIONS)

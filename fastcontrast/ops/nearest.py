@@ -1,8 +1,9 @@
 r"""The k nearest columns of every row: for nearest-neighbour evaluation and for hard mining.
 
-Called by ``fastcontrast/retrieval.py``; the work is in ``fastcontrast/backends/<backend>/nearest.py``.
-As with ``distance_softmax``, a call is the custom operator ``fastcontrast::nearest`` under
-``torch.compile`` and goes straight to the backend in eager mode.
+Called by ``fastcontrast/retrieval.py``; the work is in
+``fastcontrast/backends/<backend>/nearest.py``. As with ``distance_softmax``, a call is the custom
+operator ``fastcontrast::nearest`` under ``torch.compile`` and goes straight to the backend in eager
+mode.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastcontrast.retrieval import knn_classify
 from fastcontrast.train.models import normalise_pixels
 
 NEIGHBOURS = (1, 3, 5)  # the k that the paper evaluates
@@ -35,47 +36,6 @@ def embed(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
         model.train(was_training)
 
 
-def nearest_labels(
-    references: Tensor, reference_labels: Tensor, queries: Tensor, k: int, *, chunk: int = 2048
-) -> Tensor:
-    """Label each query by the majority of its k nearest references, in Euclidean distance.
-
-    Ties are settled the same way everywhere: of two references at the same distance the one with
-    the lower index is nearer, and of two labels with as many votes the one whose nearest voter is
-    nearer wins. Distances are taken by direct difference in float64.
-
-    Args:
-        references: Points [R, D], any real dtype.
-        reference_labels: int64 [R].
-        queries: Points [Q, D].
-        k: Number of neighbours that vote, 1 to R.
-        chunk: Queries worked on at once.
-
-    Returns:
-        int64 [Q].
-
-    Raises:
-        ValueError: If k is not within 1 to R.
-    """
-    if not 1 <= k <= len(references):
-        raise ValueError(f"k is {k}; wanted 1 to the number of references, {len(references)}")
-    references = references.double()
-    position = torch.arange(k, device=references.device)
-    predictions = []
-    for part in queries.split(chunk):
-        distances = torch.cdist(
-            part.double(), references, compute_mode="donot_use_mm_for_euclid_dist"
-        )  # [q, R]
-        nearest = distances.sort(dim=1, stable=True).indices[:, :k]
-        voters = reference_labels[nearest]  # [q, k], nearest first
-        votes = (voters[:, :, None] == voters[:, None, :]).sum(
-            dim=2
-        )  # votes for each voter's label
-        winner = (votes * k - position).argmax(dim=1, keepdim=True)  # most votes, then nearest
-        predictions.append(voters.gather(1, winner).squeeze(1))
-    return torch.cat(predictions)
-
-
 def neighbour_errors(
     references: Tensor,
     reference_labels: Tensor,
@@ -83,10 +43,10 @@ def neighbour_errors(
     query_labels: Tensor,
     neighbours: Sequence[int] = NEIGHBOURS,
 ) -> dict[int, float]:
-    """Fraction of queries that k-nearest-neighbour voting labels wrongly, for each k.
+    """Fraction of queries that :func:`~fastcontrast.knn_classify` labels wrongly, for each k.
 
     Args:
-        references: Labelled points [R, D].
+        references: Labelled points [R, D], floating point.
         reference_labels: int64 [R].
         queries: Points to classify [Q, D].
         query_labels: Their true labels, int64 [Q].
@@ -96,7 +56,7 @@ def neighbour_errors(
         k to error, from 0 to 1.
     """
     return {
-        k: (nearest_labels(references, reference_labels, queries, k) != query_labels)
+        k: (knn_classify(queries, references, reference_labels, k) != query_labels)
         .double()
         .mean()
         .item()
@@ -118,6 +78,6 @@ def pixel_errors(
     Returns:
         k to error, from 0 to 1.
     """
-    return neighbour_errors(
-        references.flatten(1), reference_labels, queries.flatten(1), query_labels
-    )
+    # Bytes are exact in float32, and must not be subtracted as bytes.
+    references, queries = references.flatten(1).float(), queries.flatten(1).float()
+    return neighbour_errors(references, reference_labels, queries, query_labels)

@@ -1,4 +1,4 @@
-"""`nearest` by definition: all direct differences in float64, masked, and a stable sort of each row."""
+"""`nearest` by definition: all direct differences in float64, and a stable sort of each row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def nearest_columns(
         counts = columns_that_count(pairs, of_rows(scores, rows))
         # Three classes, each in the order of its keys: numbers, NaN, what does not count. Sorts
         # are stable, so that equal keys stay in the order of columns.
-        order = pairs.nan_to_num(end, torch.inf, -torch.inf).sort(dim=1, descending=end < 0, stable=True).indices
+        keys = pairs.nan_to_num(end, torch.inf, -torch.inf)
+        order = keys.sort(dim=1, descending=end < 0, stable=True).indices
         place = (pairs.isnan().long() + 2 * (~counts).long()).gather(1, order)
         place, by_class = place.sort(dim=1, stable=True)
         order, width = order.gather(1, by_class)[:, :k], min(k, n)
