@@ -1,0 +1,5 @@
+"""Distances of given pairs, for losses, retrieval and miners: the same code for every backend."""
+
+from fastcontrast.backends.reference.pairs import paired_distance
+
+__all__ = ["paired_distance"]
