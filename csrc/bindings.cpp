@@ -164,6 +164,32 @@ void nearest(const py::kwargs& a) {
   FASTCONTRAST_DISPATCH(nearest, tile, rows);
 }
 
+// A small call: arguments by position, because naming them would cost as much as the work.
+template <typename T>
+void small_softmax_loss(Address x, Address y, std::int64_t rows, std::int64_t columns,
+                        std::int64_t dim, int metric, double scale, Address exclude,
+                        Address cross_entropy_weight, Address entropy_weight, Address loss,
+                        Address grad_x, Address grad_y, Address grad_scale) {
+  cpu::SmallLoss<T> call{};
+  call.tile.rows = rows;
+  call.tile.columns = columns;
+  call.tile.metric = static_cast<fastcontrast::Metric>(metric);
+  call.tile.scale = static_cast<T>(scale);
+  call.tile.x = at<const T>(x);
+  call.tile.y = at<const T>(y);
+  call.tile.dim = dim;
+  call.tile.exclude = at<const std::int64_t>(exclude);
+  call.tile.exclude_count = exclude == 0 ? 0 : 1;
+  call.rows.cross_entropy_weight = at<const T>(cross_entropy_weight);
+  call.rows.entropy_weight = at<const T>(entropy_weight);
+  call.rows.loss = at<T>(loss);
+  call.grad_x = at<T>(grad_x);
+  call.grad_y = at<T>(grad_y);
+  call.grad_scale = at<T>(grad_scale);
+  py::gil_scoped_release release;
+  if (!FASTCONTRAST_DISPATCH(small_softmax_loss, call)) throw std::bad_alloc();
+}
+
 // Boxes, sizes and the channels' affine map, from the keyword arguments that forward and backward
 // of `extract_patches` share. `scale` and `offset` own what the set points to.
 cpu::PatchSet patch_set_from(const py::kwargs& a, const std::vector<double>& scale,
@@ -368,6 +394,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("center_rows_float64", &center_rows<double>);
   m.def("subtract_scaled_rows_float32", &subtract_scaled_rows<float>);
   m.def("subtract_scaled_rows_float64", &subtract_scaled_rows<double>);
+  m.def("small_softmax_loss_float32", &small_softmax_loss<float>);
+  m.def("small_softmax_loss_float64", &small_softmax_loss<double>);
   m.def("softmax_loss_float32", &softmax_loss<float>);
   m.def("softmax_loss_float64", &softmax_loss<double>);
   m.def("nearest_float32", &nearest<float>);

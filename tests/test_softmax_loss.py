@@ -79,6 +79,20 @@ def test_conforms(shape: tuple[int, int, int], name: str, dtype: torch.dtype, ba
         assert result[i].dtype == (eager[i].dtype)
 
 
+@pytest.mark.skipif(native.IMPORT_PROBLEM is not None, reason=str(native.IMPORT_PROBLEM))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 17, 15), (67, 131, 50)])
+def test_small_problems_by_tiles(
+    shape: tuple[int, int, int], name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one call computes for a small problem, tiles and GEMMs compute as well."""
+    from fastcontrast.backends.native import distance_softmax as module
+
+    monkeypatch.setattr(module, "SMALL_PRODUCT", 0)
+    test_conforms(shape, name, dtype, "native")
+
+
 @every_backend
 @pytest.mark.parametrize("name", LOSSES)
 def test_equals_the_gradients_of_the_rows(name: str, backend: str) -> None:
@@ -109,6 +123,7 @@ def test_equals_the_gradients_of_the_rows(name: str, backend: str) -> None:
 def test_many_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastcontrast.backends.native import distance_softmax as module
 
+    monkeypatch.setattr(module, "SMALL_PRODUCT", 0)  # not in one call
     monkeypatch.setattr(module, "LOSS_BLOCK", 1)  # the smallest block: 64 rows
     x, y = operands((131, 200, 9), torch.float64)
     truth = evaluate(LOSSES[name], x, y, torch.float64, "reference")

@@ -10,3 +10,11 @@
 #else
 #define FC_INLINE static inline __attribute__((always_inline))
 #endif
+// The same for member functions.
+#if defined(__CUDACC__)
+#define FC_MEMBER __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
+#define FC_MEMBER __forceinline
+#else
+#define FC_MEMBER inline __attribute__((always_inline))
+#endif

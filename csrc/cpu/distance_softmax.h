@@ -121,5 +121,18 @@ FASTCONTRAST_DECLARE(bool softmax_loss(const Tile<float>&, const RowLoss<float>&
 FASTCONTRAST_DECLARE(bool softmax_loss(const Tile<double>&, const RowLoss<double>&,
                                        const TileGradient<double>&))
 
+// softmax_loss of a whole small problem, centring and products included, in one call and one
+// thread.
+template <typename T>
+struct SmallLoss {
+  Tile<T> tile;  // of all rows and columns; values, norms and threads are filled in
+  RowLoss<T> rows;
+  T* grad_x;      // [rows, dim], zeros, or null
+  T* grad_y;      // [columns, dim], zeros, or null
+  T* grad_scale;  // one number, or null
+};
+FASTCONTRAST_DECLARE(bool small_softmax_loss(const SmallLoss<float>&))
+FASTCONTRAST_DECLARE(bool small_softmax_loss(const SmallLoss<double>&))
+
 }  // namespace cpu
 }  // namespace fastcontrast

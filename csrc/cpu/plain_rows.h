@@ -24,14 +24,34 @@ struct PlainRow {
   int64_t above;      // with extras: #{j : t_j > threshold}
 };
 
-// Runs visit(begin, end) over the columns between the gaps, at most SUM_CHUNK of them at a time.
-template <typename Visit>
-FC_INLINE void for_spans(const Gaps& gaps, int64_t columns, const Visit& visit) {
-  int64_t begin = 0;
-  for (int g = 0; g <= gaps.count; ++g) {
-    const int64_t end = g < gaps.count ? gaps.column[g] : columns;
-    for (; begin < end; begin += SUM_CHUNK) visit(begin, smaller(begin + SUM_CHUNK, end));
-    begin = end + 1;
+// Which columns of a chunk count: those that are not excluded and whose id fits.
+template <bool masked>
+struct Counting {
+  int first_gap, second_gap;  // positions in the chunk, or outside it
+  const int32_t* ids;
+  int32_t row_id;
+  int same;
+
+  FC_MEMBER int operator()(int l) const {
+    const int kept = (l != first_gap) & (l != second_gap);
+    return masked ? kept & ((ids[l] == row_id) == same) : kept;
+  }
+};
+
+// Runs visit(first column, width, which of them count) over chunks of at most SUM_CHUNK columns.
+template <bool masked, typename T, typename Visit>
+FC_INLINE void for_chunks(const Tile<T>& tile, int64_t row, const Gaps& gaps, const Visit& visit) {
+  for (int64_t begin = 0; begin < tile.columns; begin += SUM_CHUNK) {
+    const int width = (int)smaller(SUM_CHUNK, tile.columns - begin);
+    Counting<masked> counting{-1, -1, nullptr, 0, tile.keep == Keep::same};
+    const int64_t first = gaps.column[0] - begin, second = gaps.column[1] - begin;
+    if (gaps.count > 0 && first >= 0 && first < width) counting.first_gap = (int)first;
+    if (gaps.count > 1 && second >= 0 && second < width) counting.second_gap = (int)second;
+    if (masked) {
+      counting.ids = tile.column_ids + begin;
+      counting.row_id = tile.row_ids[row];
+    }
+    visit(begin, width, counting);
   }
 }
 
@@ -40,25 +60,23 @@ FC_INLINE void for_spans(const Gaps& gaps, int64_t columns, const Visit& visit) 
 template <Metric metric, bool masked, typename T>
 FC_INLINE bool find_closest(const Tile<T>& tile, int64_t row, T widest_y, PlainRow<T>* out) {
   constexpr bool is_dot = metric == Metric::dot;
-  const T* values = tile.values + row * tile.columns;
+  const T* row_values = tile.values + row * tile.columns;
   const T scale2 = tile.scale * T(LOG2_E);
   const T xs = is_dot ? T(0) : tile.x_sqnorm[row];
-  const T* ys = tile.y_sqnorm;
-  const int32_t* ids = tile.column_ids;
-  const int32_t row_id = masked ? tile.row_ids[row] : 0;
-  const int same = tile.keep == Keep::same;
   const T fraction = near_fraction(T(0));
   out->gaps = gaps_of_row(tile, row);
   T least = T(INFINITY), most = T(-INFINITY);
   int plain = 1;
-  for_spans(out->gaps, tile.columns, [&](int64_t begin, int64_t end) {
+  for_chunks<masked>(tile, row, out->gaps, [&](int64_t begin, int width, auto counting) {
+    const T* values = row_values + begin;
+    const T* ys = is_dot ? nullptr : tile.y_sqnorm + begin;
 #pragma omp simd reduction(& : plain) reduction(min : least) reduction(max : most)
-    for (int64_t j = begin; j < end; ++j) {
-      const int counts = masked ? (ids[j] == row_id) == same : 1;
-      T value = values[j];
+    for (int l = 0; l < width; ++l) {
+      const int counts = counting(l);
+      T value = values[l];
       int good = 1;
       if (!is_dot) {
-        const T norms = xs + ys[j];
+        const T norms = xs + ys[l];
         value = norms - T(2) * value;
         good = value > fraction * norms;
       } else {
@@ -98,23 +116,21 @@ enum class Leave { products, scores, weights };
 template <Metric metric, bool masked, Leave leave, bool extras, typename T>
 FC_INLINE void sum_row(const Tile<T>& tile, int64_t row, T threshold, PlainRow<T>* out) {
   constexpr bool is_dot = metric == Metric::dot;
-  T* values = tile.values + row * tile.columns;
+  T* row_values = tile.values + row * tile.columns;
   const T scale2 = tile.scale * T(LOG2_E);
   const T xs = is_dot ? T(0) : tile.x_sqnorm[row];
-  const T* ys = tile.y_sqnorm;
-  const int32_t* ids = tile.column_ids;
-  const int32_t row_id = masked ? tile.row_ids[row] : 0;
-  const int same = tile.keep == Keep::same;
   const T closest = out->closest;
   double sum = 0, weighted = 0, weight_sum = 0, score_sum = 0;
   int64_t above = 0;
-  for_spans(out->gaps, tile.columns, [&](int64_t begin, int64_t end) {
+  for_chunks<masked>(tile, row, out->gaps, [&](int64_t begin, int width, auto counting) {
+    T* values = row_values + begin;
+    const T* ys = is_dot ? nullptr : tile.y_sqnorm + begin;
     T part = 0, part_weighted = 0, part_weight = 0, part_score = 0;
     int part_above = 0;
 #pragma omp simd reduction(+ : part, part_weighted, part_weight, part_score, part_above)
-    for (int64_t j = begin; j < end; ++j) {
-      const int counts = masked ? (ids[j] == row_id) == same : 1;
-      T value = is_dot ? values[j] : xs + ys[j] - T(2) * values[j];
+    for (int l = 0; l < width; ++l) {
+      const int counts = counting(l);
+      T value = is_dot ? values[l] : xs + ys[l] - T(2) * values[l];
       value = counts ? value : T(1);  // a masked pair may be NaN
       const T distance = metric == Metric::l2 ? square_root(value) : value;
       const T closeness = is_dot ? value : -distance;
@@ -127,11 +143,11 @@ FC_INLINE void sum_row(const Tile<T>& tile, int64_t row, T threshold, PlainRow<T
       if (leave == Leave::weights) {
         const T w = metric == Metric::l2 ? e / distance : e;
         part_weight += w;
-        values[j] = w;
+        values[l] = w;
       }
       if (leave == Leave::scores || extras) {
         const T t = counts ? scale2 * closeness : T(-INFINITY);
-        if (leave == Leave::scores) values[j] = t;
+        if (leave == Leave::scores) values[l] = t;
         if (extras) {
           part_score += counts ? t : T(0);
           part_above += t > threshold;
@@ -144,10 +160,6 @@ FC_INLINE void sum_row(const Tile<T>& tile, int64_t row, T threshold, PlainRow<T
     score_sum += (double)part_score;
     above += part_above;
   });
-  for (int g = 0; g < out->gaps.count; ++g) {
-    if (leave == Leave::scores) values[out->gaps.column[g]] = T(-INFINITY);
-    if (leave == Leave::weights) values[out->gaps.column[g]] = T(0);
-  }
   out->state = SoftmaxState{(double)scale2 * (double)closest, sum, weighted};
   out->weight_sum = weight_sum;
   out->score_sum = score_sum;
@@ -161,27 +173,27 @@ FC_INLINE void weigh_plain_row(const Tile<T>& tile, const TileGradient<T>& grad,
                                const PlainRow<T>& plain, const RowGradient<T>& from,
                                const ColumnGradients<T>& columns) {
   constexpr bool is_dot = metric == Metric::dot;
-  T* values = tile.values + row * tile.columns;
+  T* row_values = tile.values + row * tile.columns;
   const T scale2 = tile.scale * T(LOG2_E);
   const T xs = is_dot ? T(0) : tile.x_sqnorm[row];
-  const T* ys = tile.y_sqnorm;
-  const int32_t* ids = tile.column_ids;
-  const int32_t row_id = masked ? tile.row_ids[row] : 0;
-  const int same = tile.keep == Keep::same;
   const T closest = plain.closest;
   const T offset = (T)((double)scale2 * (double)closest - from.lse * LOG2_E);
   const T constant = from.grad_lse - from.grad_entropy * from.entropy;
   const T slope = -from.grad_entropy * T(LN_2);
   const T grad_sum = from.grad_sum;
   const T factor = (metric == Metric::sqeuclidean ? T(2) : T(1)) * tile.scale;
-  const T *high = columns.lse2_high, *low = columns.lse2_low, *grad_lse = columns.grad_lse;
   double row_sum = 0, product = 0;
-  for_spans(plain.gaps, tile.columns, [&](int64_t begin, int64_t end) {
+  for_chunks<masked>(tile, row, plain.gaps, [&](int64_t begin, int width, auto counting) {
+    T* values = row_values + begin;
+    const T* ys = is_dot ? nullptr : tile.y_sqnorm + begin;
+    const T* high = by_columns ? columns.lse2_high + begin : nullptr;
+    const T* low = by_columns ? columns.lse2_low + begin : nullptr;
+    const T* grad_lse = by_columns ? columns.grad_lse + begin : nullptr;
     T part = 0, part_product = 0;
 #pragma omp simd reduction(+ : part, part_product)
-    for (int64_t j = begin; j < end; ++j) {
-      const int counts = masked ? (ids[j] == row_id) == same : 1;
-      T value = is_dot ? values[j] : xs + ys[j] - T(2) * values[j];
+    for (int l = 0; l < width; ++l) {
+      const int counts = counting(l);
+      T value = is_dot ? values[l] : xs + ys[l] - T(2) * values[l];
       value = counts ? value : T(1);  // a masked pair may be NaN
       const T distance = metric == Metric::l2 ? square_root(value) : value;
       const T closeness = is_dot ? value : -distance;
@@ -189,19 +201,18 @@ FC_INLINE void weigh_plain_row(const Tile<T>& tile, const TileGradient<T>& grad,
       const T u = scale2 * (difference > T(0) ? T(0) : difference) + offset;  // log2 p
       T g = exp2_flushed(u) * (constant + slope * u) + grad_sum;
       if (by_columns) {
-        const T v = (scale2 * closeness - high[j]) - low[j];
-        g += grad_lse[j] * exp2_flushed(v > T(0) ? T(0) : v);
+        const T v = (scale2 * closeness - high[l]) - low[l];
+        g += grad_lse[l] * exp2_flushed(v > T(0) ? T(0) : v);
       }
       g = counts ? g : T(0);
       const T w = flush_denormal(metric == Metric::l2 ? factor * g / distance : factor * g);
       part_product += g * closeness;
       part += w;
-      values[j] = w;
+      values[l] = w;
     }
     row_sum += (double)part;
     product += (double)part_product;
   });
-  for (int g = 0; g < plain.gaps.count; ++g) values[plain.gaps.column[g]] = T(0);
   grad.row_sum[row] += row_sum;
   grad.score_product[row] += product * (double)tile.scale;
 }

@@ -13,9 +13,14 @@
 //   scaled, so that large scores lose nothing.
 #include "cpu/distance_softmax.h"
 
+#include <stdlib.h>
+#include <string.h>
+
 #include "common/online_softmax.h"
+#include "cpu/centring.h"
 #include "cpu/plain_rows.h"
 #include "cpu/score_rows.h"
+#include "cpu/small_products.h"
 #include "cpu/weigh_rows.h"
 
 namespace fastcontrast {
@@ -113,15 +118,82 @@ bool loss(const Tile<T>& tile, const RowLoss<T>& rows, const TileGradient<T>& gr
   return allocated && !failed;
 }
 
+template <typename T>
+bool any_loss(const Tile<T>& tile, const RowLoss<T>& rows, const TileGradient<T>& grad) {
+  FASTCONTRAST_FOR_METRIC(loss, tile, rows, grad);
+}
+
+template <typename T>
+bool small_loss(const SmallLoss<T>& call) {
+  Tile<T> tile = call.tile;
+  const int64_t m = tile.rows, n = tile.columns, dim = tile.dim;
+  const bool centred = tile.metric != Metric::dot;
+  // In one piece: scores, a panel, mean, centred points and their norms.
+  const int64_t depth = dim > n ? (dim > m ? dim : m) : (n > m ? n : m);
+  const int64_t points = (m + n) * dim;
+  const int64_t size = m * n + panel_size<T>(depth) + (centred ? dim + points + m + n : 0);
+  T* memory = (T*)malloc((size_t)size * sizeof(T));
+  double* sums = (double*)calloc((size_t)(2 * m + n), sizeof(double));
+  bool done = memory && sums;
+  if (done) {
+    T* panel = memory + m * n;
+    const T *x = tile.x, *y = tile.y;
+    tile.values = memory;
+    tile.threads = 1;
+    if (centred) {
+      T *mean = panel + panel_size<T>(depth), *moved = mean + dim, *norms = moved + points;
+      for (int64_t k = 0; k < dim; ++k) mean[k] = T(0);
+      for (int64_t j = 0; j < n; ++j) {
+#pragma omp simd
+        for (int64_t k = 0; k < dim; ++k) mean[k] += y[j * dim + k];
+      }
+      for (int64_t k = 0; k < dim; ++k) mean[k] /= (T)n;
+      center(x, mean, m, dim, 1, moved, norms);
+      center(y, mean, n, dim, 1, moved + m * dim, norms + m);
+      x = moved;
+      y = moved + m * dim;
+      tile.x_sqnorm = norms;
+      tile.y_sqnorm = norms + m;
+    }
+    memset(memory, 0, (size_t)(m * n) * sizeof(T));
+    add_product<T>({x, dim, 1}, {y, 1, dim}, tile.values, m, dim, n, panel);
+    TileGradient<T> grad{};
+    grad.row_sum = sums;
+    grad.score_product = sums + m;
+    grad.column_sum = centred && call.grad_y ? sums + 2 * m : nullptr;
+    grad.grad_x = call.grad_x;
+    grad.grad_y = call.grad_y;
+    done = any_loss(tile, call.rows, grad);
+    if (call.grad_x) {
+      add_product<T>({tile.values, n, 1}, {y, dim, 1}, call.grad_x, m, n, dim, panel);
+      if (centred) subtract_scaled(x, sums, m, dim, 1, call.grad_x);
+    }
+    if (call.grad_y) {
+      add_product<T>({tile.values, 1, n}, {x, dim, 1}, call.grad_y, n, m, dim, panel);
+      if (centred) subtract_scaled(y, sums + 2 * m, n, dim, 1, call.grad_y);
+    }
+    if (call.grad_scale) {
+      double total = 0;
+      for (int64_t i = 0; i < m; ++i) total += sums[m + i];
+      *call.grad_scale = (T)(total / (double)tile.scale);
+    }
+  }
+  free(memory);
+  free(sums);
+  return done;
+}
+
 }  // namespace
 
+bool small_softmax_loss(const SmallLoss<float>& call) { return small_loss(call); }
+bool small_softmax_loss(const SmallLoss<double>& call) { return small_loss(call); }
 bool softmax_loss(const Tile<float>& tile, const RowLoss<float>& rows,
                   const TileGradient<float>& grad) {
-  FASTCONTRAST_FOR_METRIC(loss, tile, rows, grad);
+  return any_loss(tile, rows, grad);
 }
 bool softmax_loss(const Tile<double>& tile, const RowLoss<double>& rows,
                   const TileGradient<double>& grad) {
-  FASTCONTRAST_FOR_METRIC(loss, tile, rows, grad);
+  return any_loss(tile, rows, grad);
 }
 
 }  // namespace FASTCONTRAST_ISA

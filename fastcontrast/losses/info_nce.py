@@ -13,7 +13,8 @@ from fastcontrast.ops.checks import (
     check_operands,
     inverse_temperature,
 )
-from fastcontrast.ops.distance_softmax import accumulator_dtype, normalized
+from fastcontrast.ops.distance_softmax import accumulator_dtype
+from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.reduction import REDUCTIONS
 from fastcontrast.ops.softmax_loss import LossWeights, row_losses_of, softmax_loss
 

@@ -36,6 +36,7 @@ from fastcontrast.ops.checks import (
     check_thresholds,
 )
 from fastcontrast.ops.double_backward import differentiable_gradients
+from fastcontrast.ops.normalized import normalized
 
 
 class RowStatistics(NamedTuple):
@@ -156,17 +157,6 @@ def distance_softmax(
         total if score_sum else None,
         count if score_sum else None,
     )
-
-
-def normalized(x: Tensor) -> Tensor:
-    """Rows [M, D] divided by their norms, in the accumulator dtype; zero rows stay zero."""
-    x = x.to(accumulator_dtype(x.dtype))
-    # Scaled first, so that squares neither overflow nor vanish.
-    largest = x.detach().abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
-    scaled = x / torch.where(largest > 0, largest, 1.0)
-    squared = scaled.square().sum(1, keepdim=True)
-    is_zero = squared == 0
-    return torch.where(is_zero, 0.0, scaled * torch.where(is_zero, 1.0, squared).rsqrt())
 
 
 def effective_precision(precision: str, x: Tensor) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcontrast import backends
 from fastcontrast.backends.scores import Scores, accumulator_dtype
 from fastcontrast.ops.checks import METRICS, check_choice, check_count, check_mask, check_operands
-from fastcontrast.ops.distance_softmax import normalized
+from fastcontrast.ops.normalized import normalized
 
 
 class Nearest(NamedTuple):

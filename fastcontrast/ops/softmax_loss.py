@@ -156,8 +156,10 @@ class _GradientsInForward(torch.autograd.Function):
             found = score_gradients(loss, x, y, scores, [grad], needs)
             return (*found, *[None] * 6)
         # Scaled before they are rounded to a half input's dtype: a loss scaler relies on it.
-        result = [
-            (grad * d).to(device=value.device, dtype=value.dtype) if need else None
-            for value, d, need in zip((x, y, scale), gradients, needs, strict=True)
-        ]
+        result = []
+        for value, d, need in zip((x, y, scale), gradients, needs, strict=True):
+            scaled = grad * d if need else None
+            if scaled is not None and (value.dtype, value.device) != (scaled.dtype, scaled.device):
+                scaled = scaled.to(device=value.device, dtype=value.dtype)
+            result.append(scaled)
         return (*result, *[None] * 6)

@@ -35,6 +35,9 @@ TILE_ROWS = 512
 TILE_COLUMNS = 2048
 # Scores of a block of rows in `softmax_loss`, 16 MiB in float32.
 LOSS_BLOCK = 1 << 22
+# Multiplications of a product, M·N·D, up to which one C++ call in one thread is faster than tiles
+# and torch's GEMMs on two threads.
+SMALL_PRODUCT = 1 << 23
 # Waking the other threads costs some microseconds: the C++ pass over this many scores.
 ELEMENTS_PER_THREAD = 1 << 13
 
@@ -78,7 +81,9 @@ def softmax_loss(
     the last row has been seen.
     """
     dtype = accumulator_dtype(x.dtype)
-    m, n = x.shape[0], y.shape[0]
+    (m, dim), n = x.shape, y.shape[0]
+    if 0 < m * n * dim <= SMALL_PRODUCT and _fits_small_loss(scores, weights):
+        return _small_loss(x, y, scores, weights, needs)
     block = max(64, min(TILE_ROWS, LOSS_BLOCK // max(1, n)))
     operands = _Operands(x, y, scores, dtype, tile=(block, max(1, n)))
     if weights.column_cross_entropy is not None:
@@ -100,6 +105,45 @@ def softmax_loss(
             )
             gradients.add_products(rows, columns)
     return LossGradients(loss, *gradients.result(float(scores.scale)))
+
+
+def _fits_small_loss(scores: Scores, weights: LossWeights) -> bool:
+    return (
+        weights.column_cross_entropy is None
+        and scores.keep == "all"
+        and (scores.exclude is None or scores.exclude.shape[1] == 1)
+    )
+
+
+def _small_loss(
+    x: Tensor, y: Tensor, scores: Scores, weights: LossWeights, needs: tuple[bool, bool, bool]
+) -> LossGradients:
+    """The whole of it in one C++ call."""
+    dtype = accumulator_dtype(x.dtype)
+    x, y = _plain(x, dtype), _plain(y, dtype)
+    (m, dim), n = x.shape, y.shape[0]
+    exclude = None if scores.exclude is None else _plain(scores.exclude, torch.int64)
+    a = None if weights.cross_entropy is None else _plain(weights.cross_entropy, dtype)
+    b = None if weights.entropy is None else _plain(weights.entropy, dtype)
+    loss, dscale = x.new_empty(m), x.new_empty(() if needs[2] else 0)
+    dx = torch.zeros_like(x) if needs[0] else x.new_empty(0)
+    dy = torch.zeros_like(y) if needs[1] else x.new_empty(0)
+    entry = (
+        _C.small_softmax_loss_float64 if dtype == torch.float64 else _C.small_softmax_loss_float32
+    )
+    entry(
+        x.data_ptr(), y.data_ptr(), m, n, dim,
+        METRICS.index(scores.metric), float(scores.scale),
+        0 if exclude is None else exclude.data_ptr(),
+        0 if a is None else a.data_ptr(), 0 if b is None else b.data_ptr(),
+        loss.data_ptr(), dx.data_ptr(), dy.data_ptr(), dscale.data_ptr(),
+    )  # fmt: skip
+    return LossGradients(loss, dx, dy, dscale)
+
+
+def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` contiguous in ``dtype``, itself where it is already."""
+    return x.to(dtype).resolve_neg().contiguous()
 
 
 def _symmetric_loss(
