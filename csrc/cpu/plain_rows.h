@@ -47,7 +47,7 @@ FC_INLINE bool find_closest(const Tile<T>& tile, int64_t row, T widest_y, PlainR
   const int32_t* ids = tile.column_ids;
   const int32_t row_id = masked ? tile.row_ids[row] : 0;
   const int same = tile.keep == Keep::same;
-  const T fraction = near_fraction(T(0));
+  const T fraction = near_fraction(T(0), tile.rounding);
   out->gaps = gaps_of_row(tile, row);
   T least = T(INFINITY), most = T(-INFINITY);
   int plain = 1;
