@@ -107,6 +107,17 @@ void set_active_unit(const std::string& name) {
 }  // namespace
 
 void bind_bf16_products(py::module_& m) {
+  py::list built;
+#if defined(FASTCONTRAST_HAVE_AVX512_BF16)
+  built.append("avx512_bf16");
+#endif
+#if defined(FASTCONTRAST_HAVE_AMX)
+  built.append("amx");
+#endif
+#if defined(FASTCONTRAST_HAVE_AMX_EMULATION)
+  built.append("amx_emulated");
+#endif
+  m.attr("BF16_UNITS_BUILT") = py::tuple(built);
   m.attr("BF16_PANEL") = cpu::PANEL;
   m.attr("BF16_DEPTH_BLOCK") = cpu::DEPTH_BLOCK;
   m.attr("BF16_WEIGHT_COLUMNS") = cpu::WEIGHT_COLUMNS;

@@ -26,8 +26,8 @@ THREEFOLD_UNITS = ("amx", "amx_emulated")
 # bfloat16 inputs are multiplied as they are while that makes squared norms, on average, at most
 # this many times those of centred ones; the rounding error of distances grows by as much.
 OFFSET_LIMIT = 4.0
-# Multiplications below which packing costs more than it saves.
-PACKING_MINIMUM = 1 << 22
+# Multiplications of a product below which packing costs more than it saves, by AVX512_BF16.
+PACKING_MINIMUM = 1 << 24
 
 
 def choose_products(
