@@ -43,7 +43,7 @@ def why_not(op: str, tensor: Tensor) -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """Compiler, OpenMP, instruction sets, bfloat16 units and CUDA of the module; empty when it is not built."""
+    """Compiler, OpenMP, matrix units and CUDA of the module; empty when it is not built."""
     if _C is None:
         return {}
     info = dict(_C.build_info())

@@ -178,11 +178,12 @@ class Bf16Products:
 
     def finish(self, grad_y: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Add ``Cᵀ X`` to ``grad_y``; row and column sums of the rounded weights."""
-        if self.gradients is None:
+        packed, self.gradients = self.gradients, None
+        if packed is None:
             return None
         if grad_y is not None:
-            grad_y += self.gradients.grad_y[:, : grad_y.shape[0]].T
-        return self.gradients.row_sum, self.gradients.column_sum
+            grad_y += packed.grad_y[:, : grad_y.shape[0]].T
+        return packed.row_sum, packed.column_sum
 
 
 class _PackedGradients:
