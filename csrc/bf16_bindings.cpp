@@ -1,3 +1,4 @@
+// Arguments of the bfloat16 products from Python, as bindings.cpp has them of the other kernels.
 #include "bf16_bindings.h"
 
 #include <pybind11/stl.h>

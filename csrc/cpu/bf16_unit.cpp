@@ -1,6 +1,7 @@
 #include "cpu/bf16_unit.h"
 
 #include <atomic>
+#include <stdexcept>
 #include <string>
 
 #if defined(FASTCONTRAST_HAVE_AMX)

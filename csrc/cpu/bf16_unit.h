@@ -2,8 +2,6 @@
 // FASTCONTRAST_BF16_DISPATCH calls the copy of a kernel that was compiled for the active unit.
 #pragma once
 
-#include <stdexcept>
-
 namespace fastcontrast {
 namespace cpu {
 
@@ -46,7 +44,7 @@ const char* bf16_unit_name(Bf16Unit unit);
 #else
 #define FASTCONTRAST_CASE_AMX_EMULATED(function, ...)
 #endif
-// For functions that return nothing; std::invalid_argument where no unit is active.
+// For functions that return nothing; std::invalid_argument (<stdexcept>) where no unit is active.
 #define FASTCONTRAST_BF16_DISPATCH(function, ...)                                   \
   switch (::fastcontrast::cpu::active_bf16_unit()) {                                \
     FASTCONTRAST_CASE_AVX512_BF16(function, __VA_ARGS__)                            \

@@ -62,12 +62,13 @@ def _take_as_given(operands: _Operands) -> bool:
     """Undo the centring, unless norms would grow beyond OFFSET_LIMIT."""
     centred = sum(float(n.sum()) for n in (operands.x_sqnorm, operands.y_sqnorm) if n is not None)
     zero = operands.y.new_zeros(operands.y.shape[1])
-    x, x_sqnorm = operands.centre(operands.given_x, zero)
-    y, y_sqnorm = operands.centre(operands.given_y, zero)
+    _, x_sqnorm = operands.centre(operands.given_x, zero)
+    _, y_sqnorm = operands.centre(operands.given_y, zero)
     given = float(x_sqnorm.sum()) + float(y_sqnorm.sum())
     if not given <= OFFSET_LIMIT * centred:
         return False  # also where a point is not finite
-    operands.x, operands.x_sqnorm, operands.y, operands.y_sqnorm = x, x_sqnorm, y, y_sqnorm
+    operands.x, operands.x_sqnorm = operands.given_x, x_sqnorm
+    operands.y, operands.y_sqnorm = operands.given_y, y_sqnorm
     return True
 
 
