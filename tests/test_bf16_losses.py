@@ -45,8 +45,11 @@ def results(
         precision=precision,
     )  # fmt: skip
     found = {"lse": r.lse, "entropy": r.entropy, "loss": loss, "embedding": entropy}
+    m = min(x.shape[0], y.shape[0])
+    found["symmetric"] = info_nce_loss(x[:m], y[:m], symmetric=True, **options)
     for name, value in (
-        ("rows", (r.lse + 0.3 * r.entropy).sum()), ("loss", loss), ("embedding", entropy)
+        ("rows", (r.lse + 0.3 * r.entropy).sum()), ("loss", loss), ("embedding", entropy),
+        ("symmetric", found["symmetric"]),
     ):  # fmt: skip
         for side, gradient in zip("xy", torch.autograd.grad(value, [x, y]), strict=True):
             found[f"{name} d{side}"] = gradient
