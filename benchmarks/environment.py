@@ -49,6 +49,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "instruction_set": info.get("active_isa"),
+        "bf16_unit": info.get("active_bf16_unit"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "bf16_bindings.h"
 #include "cpu/distance_softmax.h"
 #include "cpu/extract_patches.h"
 #include "cpu/isa.h"
@@ -44,6 +45,7 @@ cpu::Tile<T> tile_from(const py::kwargs& a) {
   tile.first_column = a["first_column"].cast<std::int64_t>();
   tile.metric = static_cast<fastcontrast::Metric>(a["metric"].cast<int>());
   tile.scale = a["scale"].cast<T>();
+  tile.rounding = static_cast<fastcontrast::Rounding>(a["rounding"].cast<int>());
   tile.x_sqnorm = at<const T>(a["x_sqnorm"].cast<Address>());
   tile.y_sqnorm = at<const T>(a["y_sqnorm"].cast<Address>());
   tile.x = at<const T>(a["x"].cast<Address>());
@@ -406,5 +408,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("first_invalid_box", &first_invalid_box);
   m.def("triplet_distances_forward", &triplet_distances_forward);
   m.def("triplet_distances_backward", &triplet_distances_backward);
+  fastcontrast::bind_bf16_products(m);
   m.def("philox4x32", &philox4x32, "One block of the generator, for tests of known answers.");
 }

@@ -74,6 +74,8 @@ def _native_module() -> Iterator[str]:
         yield f"instruction set {info['active_isa']}" + (
             f" (this processor runs {info['detected_isa']})" if lowered else ""
         )
+        unit = info["active_bf16_unit"]
+        yield "bfloat16 products: " + ("by torch, in float32" if unit == "none" else f"by {unit}")
         yield (
             "OpenMP: yes, torch's threads"
             if info["openmp"]

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from bf16_units import active_unit, lacking
 from variants import Variant, active
 
 
@@ -35,3 +36,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"{variant}: {variant.skip_reason}")
     with active(variant):
         yield variant.backend
+
+
+@pytest.fixture
+def unit(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of a bfloat16 matrix unit, in force for products of any size."""
+    reason = lacking(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    with active_unit(request.param):
+        yield request.param

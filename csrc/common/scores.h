@@ -25,12 +25,22 @@ FC_INLINE double largest_finite(double) { return DBL_MAX; }
 FC_INLINE float square_root(float x) { return sqrtf(x); }
 FC_INLINE double square_root(double x) { return sqrt(x); }
 
+// How far the operands of products are rounded; as fastcontrast/backends/native/products.py
+// numbers them.
+enum class Rounding { ieee = 0, bf16x3 = 1, bf16 = 2 };
+
 // A squared distance by the Gram identity, ‖x‖²+‖y‖²-2x·y, is off by a few eps·(‖x‖²+‖y‖²). Pairs
 // closer than near_fraction()·(‖x‖²+‖y‖²) are recomputed from the difference x-y, so that what
 // stays has a relative error of at most about 1/1024 in d² (float) or 2^-26 (double, where being
 // exact matters more than speed), half of that in d.
-FC_INLINE float near_fraction(float) { return 1024.0f * FLT_EPSILON; }
-FC_INLINE double near_fraction(double) { return 67108864.0 * DBL_EPSILON; }
+// Two bfloat16 terms leave out the product of the low ones, at most 2^-16 |x_k y_k| for each k and
+// of random sign: 32 times the error of float, and so is the limit. One term moves every
+// point by up to 2^-8 of its coordinates, typically 2^-9 ‖x‖; at the same limit of d = ‖x‖/11 that
+// is 1/32 of d, against the whole of d at the limit of float.
+FC_INLINE float near_fraction(float, Rounding rounding) {
+  return (rounding == Rounding::ieee ? 1024.0f : 32768.0f) * FLT_EPSILON;
+}
+FC_INLINE double near_fraction(double, Rounding) { return 67108864.0 * DBL_EPSILON; }
 
 // d² from a dot product; negative rounding residue becomes 0, NaN stays NaN.
 template <typename T>

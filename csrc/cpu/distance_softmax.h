@@ -22,6 +22,7 @@ struct Tile {
   int64_t first_column;  // of the tile in the whole matrix; `exclude` counts from there
   Metric metric;         //
   T scale;               //
+  Rounding rounding;     // of the operands of the dot products
   const T* x_sqnorm;     // [rows] of the centred operands; unused for Metric::dot
   const T* y_sqnorm;     // [columns]
   const T* x;            // [rows, dim] as given, for pairs too near for the Gram identity

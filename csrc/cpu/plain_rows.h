@@ -63,7 +63,7 @@ FC_INLINE bool find_closest(const Tile<T>& tile, int64_t row, T widest_y, PlainR
   const T* row_values = tile.values + row * tile.columns;
   const T scale2 = tile.scale * T(LOG2_E);
   const T xs = is_dot ? T(0) : tile.x_sqnorm[row];
-  const T fraction = near_fraction(T(0));
+  const T fraction = near_fraction(T(0), tile.rounding);
   out->gaps = gaps_of_row(tile, row);
   T least = T(INFINITY), most = T(-INFINITY);
   int plain = 1;

@@ -24,7 +24,7 @@ FC_INLINE bool score_span(const Tile<T>& tile, int64_t row, int64_t begin, int64
   const int32_t* ids = tile.column_ids;
   const int32_t row_id = masked ? tile.row_ids[row] : 0;
   const int same = tile.keep == Keep::same;
-  const T fraction = near_fraction(T(0));
+  const T fraction = near_fraction(T(0), tile.rounding);
   int near = 0;
 #pragma omp simd reduction(| : near)
   for (int64_t j = begin; j < end; ++j) {
@@ -51,7 +51,7 @@ template <Metric metric, typename T>
 FC_INLINE bool is_near(const Tile<T>& tile, int64_t row, int64_t column, T t) {
   if (metric == Metric::dot || t == T(-INFINITY)) return false;
   const T d2 = squared_distance_from_score<metric>(t, tile.scale * T(LOG2_E));
-  const T limit = near_fraction(T(0)) * (tile.x_sqnorm[row] + tile.y_sqnorm[column]);
+  const T limit = near_fraction(T(0), tile.rounding) * (tile.x_sqnorm[row] + tile.y_sqnorm[column]);
   return !(d2 >= limit) || t == T(0);
 }
 

@@ -43,11 +43,12 @@ def why_not(op: str, tensor: Tensor) -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """Compiler, OpenMP, instruction sets and CUDA of the module; empty when it is not built."""
+    """Compiler, OpenMP, matrix units and CUDA of the module; empty when it is not built."""
     if _C is None:
         return {}
     info = dict(_C.build_info())
     info["active_isa"] = _C.active_isa()
+    info["active_bf16_unit"] = _C.active_bf16_unit()
     info["cuda_device_count"] = _C.cuda_device_count() if info["cuda_runtime"] else 0
     info["cuda_device_problem"] = _C.cuda_device_problem() if info["cuda_runtime"] else ""
     return info

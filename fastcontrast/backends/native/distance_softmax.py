@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcontrast import _C
+from fastcontrast.backends.native.products import ROUNDINGS, choose_products
 from fastcontrast.backends.reference.distance_softmax import loss_by_two_passes
 from fastcontrast.backends.scores import (
     KEEPS,
@@ -84,7 +85,7 @@ def softmax_loss(
     (m, dim), n = x.shape, y.shape[0]
     if 0 < m * n * dim <= SMALL_PRODUCT and _fits_small_loss(scores, weights):
         return _small_loss(x, y, scores, weights, needs)
-    block = max(64, min(TILE_ROWS, LOSS_BLOCK // max(1, n)))
+    block = max(64, min(TILE_ROWS, LOSS_BLOCK // max(1, n)) // 32 * 32)
     operands = _Operands(x, y, scores, dtype, tile=(block, max(1, n)))
     if weights.column_cross_entropy is not None:
         return _symmetric_loss(operands, scores, weights, needs)
@@ -262,7 +263,7 @@ class _Gradients:
 
     def __init__(self, operands: _Operands, needs: tuple[bool, bool, bool]) -> None:
         self.operands, self.needs = operands, needs
-        self.sums_columns = operands.centred and needs[1]
+        self.sums_columns = operands.centred and needs[1] and not operands.products.sums_weights
         (m, dim), n = operands.x.shape, operands.y.shape[0]
         self.x = operands.x.new_zeros((m, dim) if needs[0] else (0,))
         self.y = operands.y.new_zeros((n, dim) if needs[1] else (0,))
@@ -281,20 +282,24 @@ class _Gradients:
 
     def add_products(self, rows: slice, columns: slice) -> None:
         """Apply the pair weights that the C++ pass left in the tile."""
-        weights = self.operands.tile_values(rows, columns)
-        if self.needs[0]:
-            self.x[rows].addmm_(weights, self.operands.y[columns])
-        if self.needs[1]:
-            self.y[columns].addmm_(weights.T, self.operands.x[rows])
+        self.operands.products.add_gradients(
+            self.operands.tile_values(rows, columns),
+            rows,
+            columns,
+            self.x if self.needs[0] else None,
+            self.y if self.needs[1] else None,
+        )
 
     def result(self, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, y and scale."""
         operands = self.operands
+        sums = operands.products.finish(self.y if self.needs[1] else None)
+        row_sum, column_sum = sums or (self.row_sum, self.column_sum)
         if operands.centred:
             subtract = getattr(_C, f"subtract_scaled_rows_{operands.suffix}")
             for need, points, sums, grad in (
-                (self.needs[0], operands.x, self.row_sum, self.x),
-                (self.needs[1], operands.y, self.column_sum, self.y),
+                (self.needs[0], operands.x, row_sum, self.x),
+                (self.needs[1], operands.y, column_sum, self.y),
             ):
                 if need:
                     subtract(
@@ -326,8 +331,12 @@ class _Operands:
         self.centred = scores.metric != "dot"
         if self.centred and y.shape[0] > 0:
             mean = self.given_y.mean(0)
-            self.x, self.x_sqnorm = self._center(self.given_x, mean)
-            self.y, self.y_sqnorm = self._center(self.given_y, mean)
+            self.x, self.x_sqnorm = self.centre(self.given_x, mean)
+            self.y, self.y_sqnorm = self.centre(self.given_y, mean)
+        self.products, self.rounding = choose_products(self, x.dtype, scores.precision)
+        alignment = self.products.alignment
+        self.tile_rows = -(-self.tile_rows // alignment) * alignment
+        self.tile_columns = -(-self.tile_columns // alignment) * alignment
         self.exclude = None
         if scores.exclude is not None:
             self.exclude = scores.exclude.to(torch.int64).contiguous()
@@ -337,12 +346,13 @@ class _Operands:
             "scale": float(scores.scale),
             "keep": KEEPS.index(scores.keep),
             "dim": x.shape[1],
+            "rounding": ROUNDINGS.index(self.rounding),
             "exclude_count": 0 if self.exclude is None else self.exclude.shape[1],
         }
         size = min(x.shape[0], self.tile_rows) * min(y.shape[0], self.tile_columns)
         self.buffer = self.x.new_empty(size)
 
-    def _center(self, points: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    def centre(self, points: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Points less the mean of the columns, and their squared norms.
 
         Distances do not change, and the rounding error of ``‖x‖²+‖y‖²-2x·y`` no longer grows with
@@ -368,7 +378,7 @@ class _Operands:
             for column in range(0, n, self.tile_columns):
                 columns = slice(column, min(column + self.tile_columns, n))
                 values = self.tile_values(rows, columns)
-                torch.mm(self.x[rows], self.y[columns].T, out=values)
+                self.products.scores(rows, columns, values)
                 yield (
                     rows,
                     columns,
