@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 
 import pytest
 import torch
@@ -104,3 +105,24 @@ def test_an_instruction_set_that_is_missing_is_refused() -> None:
     with pytest.raises(ValueError, match="'sse9' is none of portable, avx2, avx512"):
         module.set_active_isa("sse9")
     assert module.active_isa() == native.build_info()["detected_isa"]
+
+
+@pytest.mark.skipif(native.IMPORT_PROBLEM is not None, reason=str(native.IMPORT_PROBLEM))
+def test_forked_workers_compute_the_same() -> None:
+    """As in a DataLoader: the parent has started its threads, the child must not wait for them."""
+    x = torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
+    expected = fastcontrast.distance_softmax(x, x, backend="native").lse
+    received, sent = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def work() -> None:
+        torch.set_num_threads(1)  # as DataLoader does; OpenMP's threads do not survive a fork
+        sent.send(fastcontrast.distance_softmax(x, x, backend="native").lse.tolist())
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    try:
+        assert received.poll(60), "the forked process hangs"
+        assert received.recv() == expected.tolist()
+    finally:
+        process.kill()
+        process.join()
