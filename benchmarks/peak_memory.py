@@ -50,7 +50,7 @@ def measure(implementation: str, rows: int, dim: int, threads: int) -> dict[str,
         loss.backward()
         return loss.item()
 
-    run(256)  # libraries load and start their threads
+    run(1024)  # libraries load, start their threads and allocate their buffers
     x.grad.zero_()
     y.grad.zero_()
     before = resident_mib("VmRSS")
