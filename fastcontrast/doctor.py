@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from fastcontrast import backends
-from fastcontrast.backends import native
+from fastcontrast.backends import native, triton
 
 COMPILERS = ("c++", "g++", "clang++", "cl")
 EXTRAS = {
@@ -38,6 +38,7 @@ def report() -> str:
         "processor": _processor(),
         "native module": _native_module(),
         "CUDA": _cuda(),
+        "Triton": _triton(),
         "backends (fastest first; the first that can run is taken)": _backends(),
         "extras": _extras(),
     }
@@ -116,6 +117,19 @@ def _cuda() -> Iterator[str]:
             yield f"native module finds no device: {info['cuda_device_problem']}"
     else:
         yield "native module: built without CUDA"
+
+
+def _triton() -> Iterator[str]:
+    if triton.IMPORT_PROBLEM is not None:
+        yield f"not available: {triton.IMPORT_PROBLEM}"
+        return
+    yield f"triton {_version('triton')}" + (
+        ", interpreted on CPU (TRITON_INTERPRET): for tests, and only where it is named"
+        if triton.INTERPRETED
+        else ""
+    )
+    if triton.LAUNCHER_PROBLEM is not None and not triton.INTERPRETED:
+        yield f"cannot start kernels: {triton.LAUNCHER_PROBLEM}"
 
 
 def _backends() -> Iterator[str]:

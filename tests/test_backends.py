@@ -11,7 +11,7 @@ from variants import variants
 
 import fastcontrast
 from fastcontrast import backends
-from fastcontrast.backends import native
+from fastcontrast.backends import native, triton
 from fastcontrast.doctor import report
 
 
@@ -34,11 +34,46 @@ def test_a_named_backend_runs_or_says_why_not() -> None:
         backends.resolve("distance_softmax", meta, "native")
     assert backends.resolve("distance_softmax", meta) == "reference"
     with pytest.raises(
-        ValueError, match="backend must be None or one of native, reference, got 'cpp'"
+        ValueError, match="backend must be None or one of native, triton, reference, got 'cpp'"
     ):
         backends.resolve("distance_softmax", meta, "cpp")
     with pytest.raises(ValueError, match="op must be one of distance_softmax, extract_patches"):
         fastcontrast.available_backends("distances")
+
+
+def test_interpreted_kernels_run_only_where_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "why_not", lambda op, tensor: None)
+    monkeypatch.setattr(native, "why_not", lambda op, tensor: "not built")
+    assert backends.resolve("distance_softmax", torch.empty(0)) == "reference"
+    assert backends.resolve("distance_softmax", torch.empty(0), "triton") == "triton"
+    meta = torch.empty(0, device="meta")  # stands for any device that is not a CPU
+    assert backends.resolve("distance_softmax", meta) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "device", "reason"),
+    [
+        (False, "cpu", "Triton kernels run on CUDA tensors, got a cpu tensor"),
+        (True, "meta", "TRITON_INTERPRET=1 runs kernels on CPU tensors, got a meta one"),
+        (True, "cpu", None),
+    ],
+)
+def test_triton_says_why_not(
+    interpreted: bool, device: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "IMPORT_PROBLEM", None)
+    monkeypatch.setattr(triton, "INTERPRETED", interpreted)
+    monkeypatch.setattr(triton, "DTYPES", {"distance_softmax": (torch.float32,)})
+    found = triton.why_not("distance_softmax", torch.empty(0, device=device))
+    assert str(found).startswith(str(reason))
+    assert (
+        triton.why_not("extract_patches", torch.empty(0)) == "extract_patches has no Triton kernel"
+    )
+    integers = torch.empty(0, dtype=torch.int8, device=device)
+    assert "no Triton kernel for torch.int8" in str(triton.why_not("distance_softmax", integers))
+    monkeypatch.setattr(triton, "IMPORT_PROBLEM", "triton is not installed")
+    assert triton.why_not("distance_softmax", torch.empty(0)) == "triton is not installed"
+    assert "Triton\n  not available: triton is not installed" in report()
 
 
 def test_an_error_in_a_backend_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

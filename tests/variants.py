@@ -1,6 +1,8 @@
 """What "every backend" means in the tests: each backend of the table, on each instruction set.
 
-A backend added to ``fastcontrast.backends.BACKENDS`` is picked up here and so by every test.
+A backend added to ``fastcontrast.backends.BACKENDS`` is picked up here and so by every test. The
+Triton kernels run on a CUDA device where there is one, on the same CPU tensors carried there and
+back, and under the interpreter where ``TRITON_INTERPRET=1`` asks for it.
 """
 
 from __future__ import annotations
@@ -8,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fastcontrast import backends
-from fastcontrast.backends import native
+from fastcontrast.backends import native, triton
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
@@ -24,6 +30,7 @@ class Variant:
 
     backend: str
     instruction_set: str | None = None
+    device: str = "cpu"
     skip_reason: str | None = None
 
     def __str__(self) -> str:
@@ -39,9 +46,12 @@ def variants(op: str) -> list[Variant]:
             best = INSTRUCTION_SETS.index(native.build_info()["detected_isa"])
             for level, isa in enumerate(INSTRUCTION_SETS):
                 lacking = None if level <= best else f"this processor has no {isa}"
-                found.append(Variant(name, isa, lacking))
+                found.append(Variant(name, isa, skip_reason=lacking))
+        elif name == "triton" and not triton.INTERPRETED and torch.cuda.is_available():
+            reason = backends.why_not(name, op, torch.empty(0, device="cuda"))
+            found.append(Variant(name, device="cuda", skip_reason=reason))
         else:
-            found.append(Variant(name, None, reason))
+            found.append(Variant(name, skip_reason=reason))
     return found
 
 
@@ -52,7 +62,15 @@ def on_every_backend(op: str) -> pytest.MarkDecorator:
 
 @contextmanager
 def active(variant: Variant) -> Iterator[None]:
-    """Use the variant's instruction set inside the block."""
+    """Use the variant's instruction set, or its device, inside the block."""
+    if variant.device != "cpu":
+        module = backends.BACKENDS[variant.backend]
+        backends.BACKENDS[variant.backend] = _Carried(module, variant.device)
+        try:
+            yield
+        finally:
+            backends.BACKENDS[variant.backend] = module
+        return
     if variant.instruction_set is None:
         yield
         return
@@ -62,3 +80,29 @@ def active(variant: Variant) -> Iterator[None]:
         yield
     finally:
         native._C.set_active_isa(before)
+
+
+class _Carried(ModuleType):
+    """A backend of another device that takes CPU tensors: they travel there and back."""
+
+    def __init__(self, module: ModuleType, device: str) -> None:
+        super().__init__(module.__name__)
+        self._module, self._device = module, device
+
+    def why_not(self, op: str, tensor: Tensor) -> str | None:
+        return self._module.why_not(op, tensor.new_empty(0, device=self._device))
+
+    def __getattr__(self, name: str) -> Any:
+        entry = getattr(self._module, name)
+
+        def carried(*args: Any) -> Any:
+            result = entry(*tree_map_only(Tensor, lambda t: _in_place_on(t, self._device), args))
+            return tree_map_only(Tensor, Tensor.cpu, result)
+
+        return carried
+
+
+def _in_place_on(tensor: Tensor, device: str) -> Tensor:
+    """``tensor`` on another device in the same layout, with what surrounds it in memory."""
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage())
+    return storage.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcontrast.backends import native, reference
+from fastcontrast.backends import native, reference, triton
 
 OPS = ("distance_softmax", "extract_patches", "nearest", "triplet_distances")
 
 # Fastest first: `backend=None` takes the first that can run.
 BACKENDS: dict[str, ModuleType] = {
     "native": native,
+    "triton": triton,
     "reference": reference,
 }
+# Backend and device type that nobody gets unasked: interpreted kernels are there for tests.
+ONLY_BY_NAME = {("triton", "cpu")}
 
 
 def why_not(backend: str, op: str, tensor: Tensor) -> str | None:
@@ -36,7 +39,8 @@ def resolve(op: str, tensor: Tensor, backend: str | None = None) -> str:
     Args:
         op: One of :data:`OPS`.
         tensor: A tensor of the call; its device and dtype decide.
-        backend: A name asks for that backend alone; None takes the fastest that can run.
+        backend: A name asks for that backend alone; None takes the fastest that can run, those in
+            :data:`ONLY_BY_NAME` left out.
 
     Raises:
         ValueError: If ``backend`` is not the name of a backend.
@@ -44,7 +48,8 @@ def resolve(op: str, tensor: Tensor, backend: str | None = None) -> str:
     """
     if backend is None:
         for name, module in BACKENDS.items():
-            if module.why_not(op, tensor) is None:
+            unasked = (name, tensor.device.type) not in ONLY_BY_NAME
+            if unasked and module.why_not(op, tensor) is None:
                 return name
         raise RuntimeError(
             f"no backend runs {op} on {tensor.device.type} tensors of {tensor.dtype}"
