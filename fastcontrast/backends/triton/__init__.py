@@ -18,9 +18,13 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Ops that have kernels here, and the dtypes that they take.
-DTYPES: dict[str, tuple[torch.dtype, ...]] = {}
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {"distance_softmax": FLOATING}
 # Entry of the backend table -> file of this folder that holds it.
-ENTRIES: dict[str, str] = {}
+ENTRIES: dict[str, str] = {
+    "distance_softmax_forward": "distance_softmax",
+    "distance_softmax_backward": "distance_softmax",
+    "softmax_loss": "distance_softmax",
+}
 
 # Triton reads the variable when a kernel is decorated, and its own functions are decorated when it
 # is imported: it has to be set before Python starts, and is read here once.

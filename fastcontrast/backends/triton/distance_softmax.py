@@ -1,0 +1,288 @@
+"""`distance_softmax` in Triton: row statistics, gradients recomputed, and both for one loss.
+
+The kernels are in row_statistics.py and point_gradients.py up to launch.LARGEST_FUSED dimensions,
+and in wide.py, beside PyTorch's GEMMs, beyond. Memory is O((M+N)·D). 8MND operations would do for
+forward and backward; with a kernel for each side, so that nothing is added by two programs, it is
+10MND, and beyond LARGEST_FUSED 6MND in a loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastcontrast.backends.reference.distance_softmax import row_losses
+from fastcontrast.backends.scores import (
+    KEEPS,
+    METRICS,
+    LossGradients,
+    LossWeights,
+    RowGradients,
+    Scores,
+    Statistics,
+    accumulator_dtype,
+    empty_statistics,
+)
+from fastcontrast.backends.triton import INTERPRETED
+from fastcontrast.backends.triton.launch import Launch, launch, padded_dimension
+from fastcontrast.backends.triton.operands import Operands, prepare
+from fastcontrast.backends.triton.pairs import add_pairs, pair_scores
+from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
+from fastcontrast.backends.triton.row_statistics import merge_splits_kernel, row_statistics_kernel
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+MERGE_BLOCK = 128
+# Programs per multiprocessor that a launch should have; fewer owners share out the other side.
+PROGRAMS_PER_PROCESSOR = 2
+# Tiles that a program should at least have to do: more splits would cost more than they bring.
+TILES_PER_SPLIT = 8
+
+
+def distance_softmax_forward(
+    x: Tensor, y: Tensor, scores: Scores, threshold: Tensor | None, score_sum: bool
+) -> Statistics:
+    """Statistics of every row."""
+    if x.shape[0] == 0 or y.shape[0] == 0:
+        return _statistics_of_nothing(x, score_sum=score_sum, rank=threshold is not None)
+    return _statistics(prepare(x, y, scores), _Mask(scores), threshold, score_sum)
+
+
+def distance_softmax_backward(
+    x: Tensor,
+    y: Tensor,
+    scores: Scores,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    grads: RowGradients,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, y and scale from (lse, lse_residual, entropy); empty where not needed."""
+    if x.shape[0] == 0 or y.shape[0] == 0:
+        dx, dy, dscale = _gradients_of_nothing(x, y, needs)
+    else:
+        dx, dy, dscale = _gradients(prepare(x, y, scores), _Mask(scores), statistics, grads, needs)
+    return dx.to(x.dtype), dy.to(y.dtype), dscale
+
+
+def softmax_loss(
+    x: Tensor,
+    y: Tensor,
+    scores: Scores,
+    weights: LossWeights,
+    needs: tuple[bool, bool, bool],
+) -> LossGradients:
+    """Loss of every row and all gradients of their sum."""
+    if x.shape[0] == 0 or y.shape[0] == 0:
+        loss = x.new_zeros(x.shape[0], dtype=accumulator_dtype(x.dtype))
+        return LossGradients(loss, *_gradients_of_nothing(x, y, needs))
+    operands, mask = prepare(x, y, scores), _Mask(scores)
+    statistics = _statistics(operands, mask, None, False)
+    assert mask.exclude is not None
+    target = mask.exclude[:, 0].contiguous()
+    positive, inverse = pair_scores(operands, target, mask.metric)
+    lse = statistics.lse.double() + statistics.lse_residual.double()
+    a, b = (None if w is None else w.detach().to(statistics.lse.dtype) for w in weights)
+    loss = row_losses(lse, statistics.entropy, positive.double(), LossWeights(a, b))
+    grad_lse = torch.zeros_like(statistics.lse)
+    if a is not None:
+        sigmoid = torch.sigmoid(lse - positive)
+        grad_lse = torch.where(a == 0, 0.0, a * sigmoid).to(statistics.lse.dtype)
+    dx, dy, dscale = _gradients(
+        operands, mask, statistics[:3], RowGradients(grad_lse, b, None), needs
+    )
+    if a is not None:
+        c = -grad_lse * inverse * operands.scale
+        add_pairs(
+            operands, target, c, mask.metric, dx if needs[0] else None, dy if needs[1] else None
+        )
+        if needs[2]:
+            product = torch.where(grad_lse == 0, 0.0, grad_lse.double() * positive)
+            dscale = dscale - (product.sum() / operands.scale).to(dscale.dtype)
+    return LossGradients(loss.to(statistics.lse.dtype), dx, dy, dscale)
+
+
+class _Mask:
+    """Which columns count, and the metric, as the kernels want them."""
+
+    def __init__(self, scores: Scores) -> None:
+        self.metric = scores.metric
+        self.exclude = None
+        if scores.exclude is not None:
+            self.exclude = scores.exclude.to(torch.int64).contiguous()
+        self.row_ids, self.column_ids = _narrow_ids(scores.row_ids, scores.column_ids)
+        self.options = {
+            "METRIC": METRICS.index(scores.metric),
+            "KEEP": KEEPS.index(scores.keep),
+            "EXCLUDE": 0 if self.exclude is None else self.exclude.shape[1],
+        }
+
+
+def _statistics(
+    operands: Operands, mask: _Mask, threshold: Tensor | None, score_sum: bool
+) -> Statistics:
+    x, y = operands.x, operands.y
+    m, dim, n = x.given.shape[0], x.given.shape[1], y.given.shape[0]
+    out = empty_statistics(x.given, score_sum=score_sum, rank=threshold is not None)
+    rank = threshold is not None
+    sizes = _sizes("statistics", operands, many=score_sum or rank or mask.row_ids is not None)
+    splits, split_columns = _splits(m, n, sizes, x.given.device)
+    state = torch.empty(splits, 4, m, dtype=torch.float64, device=x.given.device)
+    counts = state
+    if score_sum or rank:
+        counts = torch.empty(splits, 2, m, dtype=torch.int64, device=x.given.device)
+    limit = state if threshold is None else threshold.to(out.lse.dtype).contiguous()
+    row_statistics_kernel[(triton.cdiv(m, sizes.block) * splits,)](
+        x.values, x.low, x.sqnorm, y.values, y.low, y.sqnorm, x.given, y.given, operands.scale,
+        _or(mask.exclude, state), _or(mask.row_ids, state), _or(mask.column_ids, state), limit,
+        state, counts, m, n, dim, split_columns, splits, x.values.stride(0), y.values.stride(0),
+        *x.given.stride(), *y.given.stride(),
+        **mask.options, **operands.product_options, SCORE_SUM=score_sum, RANK=rank,
+        BLOCK_M=sizes.block, BLOCK_N=sizes.other, **_widths(dim, sizes),
+        num_warps=sizes.warps, num_stages=sizes.stages,
+    )  # fmt: skip
+    merge_splits_kernel[(triton.cdiv(m, MERGE_BLOCK),)](
+        state, counts, *(out.lse, out.lse_residual, out.entropy),
+        out.score_sum, out.column_count, out.rank, m, splits,
+        SCORE_SUM=score_sum, RANK=rank, BLOCK=MERGE_BLOCK,
+    )  # fmt: skip
+    return out
+
+
+def _gradients(
+    operands: Operands,
+    mask: _Mask,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    grads: RowGradients,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in the accumulator dtype; the scale's comes with the first side computed."""
+    table = row_table(statistics, grads)
+    nothing = table.new_empty(0)
+    dx = dy = dscale = nothing
+    product = None
+    if needs[0] or not needs[1]:
+        dx, product = _side(operands, mask, table, grads, rows=True, product=needs[2])
+    if needs[1]:
+        dy, of_columns = _side(
+            operands, mask, table, grads, rows=False, product=needs[2] and product is None
+        )
+        product = of_columns if product is None else product
+    if needs[2]:
+        assert product is not None
+        dscale = (product.sum() * LN_2 / operands.scale).to(table.dtype)
+    return dx if needs[0] else nothing, dy, dscale
+
+
+def _side(
+    operands: Operands,
+    mask: _Mask,
+    table: Tensor,
+    grads: RowGradients,
+    *,
+    rows: bool,
+    product: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the rows or of the columns, and Σ ∂L/∂s · t of each."""
+    own, other = (operands.x, operands.y) if rows else (operands.y, operands.x)
+    count, dim = own.given.shape
+    others = other.given.shape[0]
+    many = grads.entropy is not None or grads.score_sum is not None or mask.row_ids is not None
+    sizes = _sizes("gradients", operands, many=many)
+    splits, split_others = _splits(count, others, sizes, table.device)
+    # Near pairs are added to it in memory, so it starts from 0.
+    grad = table.new_zeros(splits, count, dim)
+    products = torch.empty(splits, count, dtype=torch.float64, device=table.device)
+    ids = (mask.row_ids, mask.column_ids)
+    own_ids, other_ids = ids if rows else ids[::-1]
+    point_gradients_kernel[(triton.cdiv(count, sizes.block) * splits,)](
+        own.values, own.low, own.sqnorm, other.values, other.low, other.sqnorm,
+        own.given, other.given, operands.scale,
+        _or(mask.exclude, table), _or(own_ids, table), _or(other_ids, table), table, grad, products,
+        count, others, dim, split_others, splits, own.values.stride(0), other.values.stride(0),
+        table.shape[1], *own.given.stride(), *other.given.stride(),
+        OWNS_ROWS=rows, **mask.options, **operands.product_options,
+        HAS_ENTROPY=grads.entropy is not None, HAS_SUM=grads.score_sum is not None,
+        PRODUCT=product, ROUND=operands.weight_rounding,
+        BLOCK=sizes.block, BLOCK_OTHER=sizes.other, **_widths(dim, sizes),
+        num_warps=sizes.warps, num_stages=sizes.stages,
+    )  # fmt: skip
+    return grad[0] if splits == 1 else grad.sum(0), products if product else None
+
+
+def row_table(statistics: tuple[Tensor, Tensor, Tensor], grads: RowGradients) -> Tensor:
+    """What the weights of a row follow from, [6, M]: see load_row_gradients."""
+    lse, lse_residual, entropy = statistics
+    lse2 = (lse.double() + lse_residual.double()) * LOG2_E
+    lse2 = torch.where(lse == -torch.inf, 0.0, lse2)
+    table = lse.new_empty(6, lse.shape[0])
+    table[0] = lse2
+    table[1] = lse2 - table[0].double()
+    for column, value in ((2, grads.lse), (3, grads.entropy), (4, entropy), (5, grads.score_sum)):
+        table[column] = 0.0 if value is None else value
+    return table
+
+
+def _sizes(kernel: str, operands: Operands, *, many: bool) -> Launch:
+    device = operands.x.given.device
+    capability = None if INTERPRETED else torch.cuda.get_device_capability(device)
+    return launch(kernel, operands.kind, operands.x.given.shape[1], capability, many=many)
+
+
+def _widths(dim: int, sizes: Launch) -> dict[str, int]:
+    width = padded_dimension(dim)
+    return {"BLOCK_D": width, "BLOCK_K": min(sizes.part or width, width)}
+
+
+def _splits(count: int, others: int, sizes: Launch, device: torch.device) -> tuple[int, int]:
+    """Parts of the other side for which programs of their own run, and the size of one."""
+    if INTERPRETED:
+        wanted = PROGRAMS_PER_PROCESSOR
+    else:
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        wanted = PROGRAMS_PER_PROCESSOR * processors
+    blocks, tiles = triton.cdiv(count, sizes.block), triton.cdiv(others, sizes.other)
+    splits = max(1, min(wanted // blocks, tiles // TILES_PER_SPLIT))
+    part = triton.cdiv(tiles, splits) * sizes.other
+    return triton.cdiv(others, part), part
+
+
+def _statistics_of_nothing(x: Tensor, *, score_sum: bool, rank: bool) -> Statistics:
+    out = empty_statistics(x, score_sum=score_sum, rank=rank)
+    for value in out:
+        value.zero_()
+    out.lse.fill_(-torch.inf)
+    return out
+
+
+def _gradients_of_nothing(
+    x: Tensor, y: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulator_dtype(x.dtype)
+    shapes: tuple[Any, ...] = (x.shape, y.shape, ())
+    dx, dy, dscale = (
+        x.new_zeros(shape if need else 0, dtype=dtype)
+        for shape, need in zip(shapes, needs, strict=True)
+    )
+    return dx, dy, dscale
+
+
+def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A tensor for an argument that the kernel's constants say is not read."""
+    return stand_in if tensor is None else tensor
+
+
+def _narrow_ids(rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The ids as int32, renumbered in sorted order: half the registers, and no wait for a device."""
+    if rows is None or columns is None:
+        return None, None
+    if rows.dtype == columns.dtype == torch.int32:
+        return rows.contiguous(), columns.contiguous()
+    ordered, order = torch.cat([rows.to(torch.int64), columns.to(torch.int64)]).sort()
+    new = torch.zeros_like(ordered)
+    new[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    numbers = torch.empty_like(new).scatter_(0, order, new).to(torch.int32)
+    first, second = numbers.split([rows.shape[0], columns.shape[0]])
+    return first.contiguous(), second.contiguous()

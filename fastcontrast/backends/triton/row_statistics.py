@@ -1,0 +1,220 @@
+"""Forward kernel of `distance_softmax`: row statistics while column tiles stream by.
+
+Maths: t_ij = s_ij log2(e) from dot products and squared norms (tiles.py); per row the running
+    maximum of t, Σ 2^(t-max), Σ 2^(t-max)(t-max), on request Σ t, the number of columns that count,
+    and #{t > threshold}. lse = (max + log2 Σ) ln 2, entropy = (log2 Σ - weighted/Σ) ln 2.
+Tiling: a program owns BLOCK_M rows, which stay in shared memory, and streams tiles of BLOCK_N
+    columns of one split of the columns (few rows do not fill a GPU). The grid is one-dimensional.
+    A second kernel merges the splits.
+Memory: rows are read once, columns once per row block, from the L2 cache as all programs stream the
+    same ones; 48 bytes per row and split are written. Nothing of size M×N.
+Numerics: exp2 of scores less the running maximum; what does not count is -inf before the maximum.
+    Sums over one tile in float32, over tiles in float64. A tile that may hold a near pair (tiles.py)
+    takes those by direct difference: a branch that costs nothing per pair where it is not taken.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastcontrast.backends.triton.tiles import (
+    DOT,
+    LN_2,
+    LOG2_E,
+    SMALLEST_SQUARE,
+    counted,
+    load_excluded,
+    load_rows,
+    near_limit,
+    next_near,
+    pair_squared_distances,
+    products,
+    scores_of,
+)
+
+# Exponents below this give 0; keeps 0·(-inf) out of the weighted sum.
+FLOOR = tl.constexpr(-1100.0)
+
+
+@triton.jit
+def row_statistics_kernel(
+    x, x_low, x_sqnorm, y, y_low, y_sqnorm, given_x, given_y, scale,
+    exclude, row_ids, column_ids, threshold, state, counts,
+    m, n, dim, split_columns, splits, x_stride, y_stride,
+    given_x_row, given_x_column, given_y_row, given_y_column,
+    METRIC: tl.constexpr, EXCLUDE: tl.constexpr, KEEP: tl.constexpr, SCORE_SUM: tl.constexpr,
+    RANK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """State [splits, 4, M] float64 (max, sum, weighted, total), counts [splits, 2, M] int64."""
+    split = tl.program_id(0) % splits
+    start_m = tl.program_id(0) // splits * BLOCK_M
+    row = start_m + tl.arange(0, BLOCK_M)
+    in_rows = row < m
+    scale2 = tl.load(scale) * LOG2_E
+    scale2 = scale2.to(ACC)
+    if BLOCK_K == BLOCK_D:
+        x_tile = load_rows(x, start_m, x_stride, m, 0, dim, BLOCK_M, BLOCK_D, UPCAST)
+        x_low_tile = x_tile
+        if SPLIT:
+            x_low_tile = load_rows(x_low, start_m, x_stride, m, 0, dim, BLOCK_M, BLOCK_D, UPCAST)
+    xs = tl.zeros([BLOCK_M], dtype=ACC)
+    if METRIC != DOT:
+        xs = tl.load(x_sqnorm + row, mask=in_rows, other=1.0)
+    first = tl.full([BLOCK_M], -1, dtype=tl.int32)
+    second = first
+    if EXCLUDE > 0:
+        first = load_excluded(exclude, row, in_rows, n, 0, EXCLUDE)
+    if EXCLUDE > 1:
+        second = load_excluded(exclude, row, in_rows, n, 1, EXCLUDE)
+    row_id = first
+    if KEEP != 0:
+        row_id = tl.load(row_ids + row, mask=in_rows, other=0)
+    limit = tl.zeros([BLOCK_M], dtype=ACC)
+    if RANK:
+        limit = tl.load(threshold + row, mask=in_rows, other=0.0) * LOG2_E
+    running_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
+    running_sum = tl.zeros([BLOCK_M], dtype=tl.float64)
+    weighted = tl.zeros([BLOCK_M], dtype=tl.float64)
+    total = tl.zeros([BLOCK_M], dtype=tl.float64)
+    number = tl.zeros([BLOCK_M], dtype=tl.int64)
+    above = tl.zeros([BLOCK_M], dtype=tl.int64)
+    begin = split * split_columns
+    for start_n in range(begin, tl.minimum(begin + split_columns, n), BLOCK_N):
+        column = start_n + tl.arange(0, BLOCK_N)
+        in_columns = column < n
+        dots = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+        if BLOCK_K == BLOCK_D:
+            y_tile = load_rows(y, start_n, y_stride, n, 0, dim, BLOCK_N, BLOCK_D, UPCAST)
+            y_low_tile = y_tile
+            if SPLIT:
+                y_low_tile = load_rows(
+                    y_low, start_n, y_stride, n, 0, dim, BLOCK_N, BLOCK_D, UPCAST
+                )
+            dots = products(
+                x_tile, x_low_tile, y_tile, y_low_tile, dots, METRIC, SPLIT, PRECISION, ACC
+            )
+        else:
+            for k in range(0, dim, BLOCK_K):
+                x_part = load_rows(x, start_m, x_stride, m, k, dim, BLOCK_M, BLOCK_K, UPCAST)
+                y_part = load_rows(y, start_n, y_stride, n, k, dim, BLOCK_N, BLOCK_K, UPCAST)
+                dots = products(x_part, x_part, y_part, y_part, dots, METRIC, False, PRECISION, ACC)
+        column_id = column
+        if KEEP != 0:
+            column_id = tl.load(column_ids + column, mask=in_columns, other=0)
+        counts_here = counted(
+            in_columns[None, :], column[None, :], row_id[:, None], column_id[None, :],
+            first[:, None], second[:, None], EXCLUDE, KEEP,
+        )  # fmt: skip
+        if METRIC == DOT:
+            t = tl.where(counts_here, scores_of(dots, scale2, METRIC), float("-inf"))
+            largest = tl.max(t, 1)
+        else:
+            # Columns beyond the last are infinitely far.
+            ys = tl.load(y_sqnorm + column, mask=in_columns, other=float("inf"))
+            squared = tl.maximum(xs[:, None] + ys[None, :] - 2.0 * dots, SMALLEST_SQUARE)
+            t = scores_of(squared, scale2, METRIC)
+            if EXCLUDE > 0 or KEEP != 0:
+                t = tl.where(counts_here, t, float("-inf"))
+            largest = tl.max(t, 1)
+            near = near_limit(xs, tl.where(in_columns, ys, 0.0), scale2, METRIC, ACC)
+            if tl.max((largest > near).to(tl.int32), 0) > 0:
+                previous = tl.full([BLOCK_M], -1, dtype=tl.int32)
+                remain = True
+                while remain:  # one pair of every row at a time
+                    previous = next_near(t, near, previous, BLOCK_N)
+                    found = previous < BLOCK_N
+                    squared_of_pair = pair_squared_distances(
+                        given_x, row, given_x_row, given_x_column, given_y, start_n + previous,
+                        given_y_row, given_y_column, found & in_rows, dim, ACC, BLOCK_M, 4,
+                    )  # fmt: skip
+                    exact = scores_of(squared_of_pair, scale2, METRIC)
+                    here = tl.arange(0, BLOCK_N)[None, :] == previous[:, None]
+                    t = tl.where(here, exact[:, None], t)
+                    remain = tl.max(found.to(tl.int32), 0) > 0
+                largest = tl.max(t, 1)
+        if SCORE_SUM:
+            # A column that counts and is infinitely far makes the sum -inf.
+            total += tl.sum(tl.where(counts_here, t, 0.0), 1).to(tl.float64)
+            number += tl.sum(counts_here.to(tl.int32), 1)
+        if RANK:
+            above += tl.sum((t > limit[:, None]).to(tl.int32), 1)
+        new_max = tl.maximum(running_max, largest)
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        u = t - base[:, None]
+        if METRIC == DOT:  # the only scores that reach +inf, which then have all the mass
+            u = tl.where(t == float("inf"), 0.0, u)
+        e = tl.exp2(u)
+        unchanged = running_max == base
+        factor = tl.where(unchanged, 1.0, tl.exp2(running_max - base)).to(tl.float64)
+        shift = tl.where(unchanged, 0.0, tl.maximum(running_max - base, FLOOR)).to(tl.float64)
+        weighted = factor * (weighted + shift * running_sum)
+        weighted += tl.sum(e * tl.maximum(u, FLOOR), 1).to(tl.float64)
+        running_sum = factor * running_sum + tl.sum(e, 1).to(tl.float64)
+        running_max = new_max
+    at = state + tl.cast(split * 4, tl.int64) * m + row
+    tl.store(at, running_max.to(tl.float64), mask=in_rows)
+    at += m
+    tl.store(at, running_sum, mask=in_rows)
+    at += m
+    tl.store(at, weighted, mask=in_rows)
+    if SCORE_SUM:
+        tl.store(at + m, total, mask=in_rows)
+    at_counts = counts + tl.cast(split * 2, tl.int64) * m + row
+    if SCORE_SUM:
+        tl.store(at_counts, number, mask=in_rows)
+    if RANK:
+        tl.store(at_counts + m, above, mask=in_rows)
+
+
+@triton.jit
+def merge_splits_kernel(
+    state, counts, lse, lse_residual, entropy, score_sum, column_count, rank, m, splits,
+    SCORE_SUM: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Statistics of BLOCK rows from the states of all splits, in float64."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < m
+    largest = tl.full([BLOCK], float("-inf"), dtype=tl.float64)
+    for split in range(0, splits):
+        at = state + tl.cast(split * 4, tl.int64) * m + row
+        largest = tl.maximum(largest, tl.load(at, mask=mask, other=0.0))
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    mass = tl.zeros([BLOCK], dtype=tl.float64)
+    weighted = tl.zeros([BLOCK], dtype=tl.float64)
+    total = tl.zeros([BLOCK], dtype=tl.float64)
+    number = tl.zeros([BLOCK], dtype=tl.int64)
+    above = tl.zeros([BLOCK], dtype=tl.int64)
+    for split in range(0, splits):
+        at = state + tl.cast(split * 4, tl.int64) * m + row
+        top = tl.load(at, mask=mask, other=0.0)
+        part = tl.load(at + m, mask=mask, other=0.0)
+        part_weighted = tl.load(at + 2 * tl.cast(m, tl.int64), mask=mask, other=0.0)
+        shift = tl.where(top == base, 0.0, tl.maximum(top - base, FLOOR))
+        factor = tl.exp2(shift)
+        mass += factor * part
+        weighted += factor * (part_weighted + shift * part)
+        if SCORE_SUM:
+            total += tl.load(at + 3 * tl.cast(m, tl.int64), mask=mask, other=0.0)
+            number += tl.load(counts + tl.cast(split * 2, tl.int64) * m + row, mask=mask, other=0)
+        if RANK:
+            above += tl.load(
+                counts + tl.cast(split * 2 + 1, tl.int64) * m + row, mask=mask, other=0
+            )
+    empty = mass == 0.0
+    logarithm = tl.log2(tl.where(empty, 1.0, mass))
+    value = tl.where(empty, float("-inf"), (largest + logarithm) * LN_2)
+    rounded = value.to(lse.dtype.element_ty)
+    rest = value - rounded.to(tl.float64)
+    infinite = tl.abs(value) == float("inf")
+    tl.store(lse + row, rounded, mask=mask)
+    tl.store(lse_residual + row, tl.where(infinite, 0.0, rest), mask=mask)
+    h = (logarithm - weighted / tl.where(empty, 1.0, mass)) * LN_2
+    tl.store(entropy + row, tl.where(empty, 0.0, h), mask=mask)
+    if SCORE_SUM:
+        tl.store(score_sum + row, total * LN_2, mask=mask)
+        tl.store(column_count + row, number, mask=mask)
+    if RANK:
+        tl.store(rank + row, above, mask=mask)
