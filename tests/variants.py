@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import SHAPES
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -58,6 +59,38 @@ def variants(op: str) -> list[Variant]:
 def on_every_backend(op: str) -> pytest.MarkDecorator:
     """Parametrise a test's ``backend`` argument over all implementations of ``op``."""
     return pytest.mark.parametrize("backend", variants(op), ids=str, indirect=True)
+
+
+# The interpreter takes milliseconds for a tile, so it gets each regime once: shapes of up to so many
+# scores, and a test whose parameters are independent of each other not in all combinations.
+INTERPRETED_SCORES = 70 * 131
+NOT_INTERPRETED = {
+    "test_two_runs_and_thread_counts_are_bit_equal": "a large case, about threads",
+    "test_upstream_factors_come_before_rounding": "a large case, about dtypes outside the kernels",
+    "test_opcheck_forward": "about the operator, not about who runs it",
+    "test_opcheck_backward": "about the operator, not about who runs it",
+    "test_create_graph_leaves_first_gradients_as_they_are": "about the reference path",
+    "test_double_backward_goes_through_the_reference": "about the reference path",
+}
+
+
+def worth_interpreting(item: pytest.Item) -> bool:
+    """Whether the interpreter should run this test: see INTERPRETED_SCORES."""
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    variant = parameters.get("backend")
+    if "test_triton" in item.nodeid:
+        return True
+    if not isinstance(variant, Variant) or variant.backend != "triton":
+        return False
+    if item.nodeid.partition("::")[2].partition("[")[0] in NOT_INTERPRETED:
+        return False
+    shape = parameters.get("shape")
+    shape = SHAPES.get(shape, (1, 1, 1)) if isinstance(shape, str) else shape
+    if shape is not None and shape[0] * shape[1] > INTERPRETED_SCORES:
+        return False
+    # Masks and layouts are the same code in every dtype.
+    combined = "mask" in parameters and "dtype" in parameters
+    return not combined or (parameters["dtype"] == torch.float32 and parameters["shape"] == "ragged")
 
 
 @contextmanager
