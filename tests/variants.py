@@ -61,8 +61,8 @@ def on_every_backend(op: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", variants(op), ids=str, indirect=True)
 
 
-# The interpreter takes milliseconds for a tile, so it gets each regime once: shapes of up to so many
-# scores, and a test whose parameters are independent of each other not in all combinations.
+# The interpreter takes milliseconds for a tile, so it gets each regime once: shapes of up to so
+# many scores, and parameters that do not depend on each other not in all combinations.
 INTERPRETED_SCORES = 70 * 131
 NOT_INTERPRETED = {
     "test_two_runs_and_thread_counts_are_bit_equal": "a large case, about threads",
@@ -74,9 +74,13 @@ NOT_INTERPRETED = {
 }
 
 
-def worth_interpreting(item: pytest.Item) -> bool:
+def worth_interpreting(item: Any) -> bool:
     """Whether the interpreter should run this test: see INTERPRETED_SCORES."""
-    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    parameters = (
+        item.callspec.params
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+        else {}
+    )
     variant = parameters.get("backend")
     if "test_triton" in item.nodeid:
         return True
@@ -90,7 +94,9 @@ def worth_interpreting(item: pytest.Item) -> bool:
         return False
     # Masks and layouts are the same code in every dtype.
     combined = "mask" in parameters and "dtype" in parameters
-    return not combined or (parameters["dtype"] == torch.float32 and parameters["shape"] == "ragged")
+    return not combined or (
+        parameters["dtype"] == torch.float32 and parameters["shape"] == "ragged"
+    )
 
 
 @contextmanager

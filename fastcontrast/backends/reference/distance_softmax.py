@@ -137,15 +137,13 @@ def loss_by_two_passes(
         positive = positive_scores(leaves[0], leaves[1], scores._replace(scale=leaves[2]))
     fixed = positive.detach()
     a, b, c = weights
-    grad_lse = _sigmoid_weights(a, lse, fixed)
+    grad_lse = sigmoid_weights(a, lse, fixed)
     grad_column_lse, paired_lse, grad_pair = None, None, grad_lse
     if column_lse is not None:
         paired_lse = of_positive(column_lse, scores)
-        grad_paired = _sigmoid_weights(c, paired_lse, fixed)
+        grad_paired = sigmoid_weights(c, paired_lse, fixed)
         grad_pair = grad_lse + grad_paired
-        # One slot more takes the rows without a positive; no two rows share one.
-        slots = torch.where(grad_paired == 0, y.shape[0], _positive_columns(scores))
-        grad_column_lse = lse.new_zeros(y.shape[0] + 1).scatter(0, slots, grad_paired)[:-1]
+        grad_column_lse = at_positives(grad_paired, scores, y.shape[0])
     found = gradients(grad_lse, b, grad_column_lse)
     wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
     if wanted:
@@ -154,7 +152,7 @@ def loss_by_two_passes(
     return LossGradients(row_losses(lse, entropy, paired_lse, fixed, weights), *found)
 
 
-def _sigmoid_weights(weight: Tensor | None, lse: Tensor, positive: Tensor) -> Tensor:
+def sigmoid_weights(weight: Tensor | None, lse: Tensor, positive: Tensor) -> Tensor:
     """Derivative of ``weight softplus(lse - positive)`` by lse, [M]."""
     if weight is None:
         return torch.zeros_like(positive)
@@ -196,6 +194,13 @@ def row_losses(
 def of_positive(values: Tensor, scores: Scores) -> Tensor:
     """Of values per column [N], that of each row's positive [M]; any where there is none."""
     return values[_positive_columns(scores)] if values.shape[0] else values.new_zeros(0)
+
+
+def at_positives(values: Tensor, scores: Scores, columns: int) -> Tensor:
+    """Of values per row [M], each at the column of its positive [N]; no two rows share one."""
+    # One slot more takes the rows without a positive, whose value is 0.
+    slots = torch.where(values == 0, columns, _positive_columns(scores))
+    return values.new_zeros(columns + 1).scatter(0, slots, values)[:-1]
 
 
 def _positive_columns(scores: Scores) -> Tensor:

@@ -8,13 +8,18 @@ forward and backward; with a kernel for each side, so that nothing is added by t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from fastcontrast.backends.reference.distance_softmax import row_losses
+from fastcontrast.backends.reference.distance_softmax import (
+    at_positives,
+    of_positive,
+    row_losses,
+    sigmoid_weights,
+)
 from fastcontrast.backends.scores import (
     KEEPS,
     METRICS,
@@ -25,6 +30,7 @@ from fastcontrast.backends.scores import (
     Statistics,
     accumulator_dtype,
     empty_statistics,
+    transposed,
 )
 from fastcontrast.backends.triton import INTERPRETED
 from fastcontrast.backends.triton.launch import Launch, launch, padded_dimension
@@ -79,29 +85,51 @@ def softmax_loss(
         loss = x.new_zeros(x.shape[0], dtype=accumulator_dtype(x.dtype))
         return LossGradients(loss, *_gradients_of_nothing(x, y, needs))
     operands, mask = prepare(x, y, scores), _Mask(scores)
-    statistics = _statistics(operands, mask, None, False)
+    acc = accumulator_dtype(x.dtype)
+    rows = _statistics(operands, mask, None, False)
+    lse = _in_full(rows)
+    a, b, c = (None if w is None else w.detach().to(acc) for w in weights)
+    columns, paired_lse = None, None
+    if c is not None:  # the other direction of a symmetric loss
+        columns = _statistics(
+            operands.exchanged(), _Mask(transposed(scores, y.shape[0])), None, False
+        )
+        paired_lse = of_positive(_in_full(columns), scores)
     assert mask.exclude is not None
     target = mask.exclude[:, 0].contiguous()
     positive, inverse = pair_scores(operands, target, mask.metric)
-    lse = statistics.lse.double() + statistics.lse_residual.double()
-    a, b = (None if w is None else w.detach().to(statistics.lse.dtype) for w in weights)
-    loss = row_losses(lse, statistics.entropy, positive.double(), LossWeights(a, b))
-    grad_lse = torch.zeros_like(statistics.lse)
-    if a is not None:
-        sigmoid = torch.sigmoid(lse - positive)
-        grad_lse = torch.where(a == 0, 0.0, a * sigmoid).to(statistics.lse.dtype)
+    positive = positive.double()
+    loss = row_losses(lse, rows.entropy, paired_lse, positive, LossWeights(a, b, c))
+    grad_lse = sigmoid_weights(a, lse, positive)
+    grad_pair, grad_columns = grad_lse, None
+    if columns is not None and paired_lse is not None:
+        of_columns = sigmoid_weights(c, paired_lse, positive)
+        grad_pair = grad_lse + of_columns
+        grad_columns = ColumnGradients(columns, at_positives(of_columns, scores, y.shape[0]))
     dx, dy, dscale = _gradients(
-        operands, mask, statistics[:3], RowGradients(grad_lse, b, None), needs
+        operands, mask, rows[:3], RowGradients(grad_lse, b, None), needs, grad_columns
     )
-    if a is not None:
-        c = -grad_lse * inverse * operands.scale
+    if a is not None or c is not None:
+        weight = (-grad_pair * inverse * operands.scale).to(acc)
         add_pairs(
-            operands, target, c, mask.metric, dx if needs[0] else None, dy if needs[1] else None
-        )
+            operands, target, weight, mask.metric,
+            dx if needs[0] else None, dy if needs[1] else None,
+        )  # fmt: skip
         if needs[2]:
-            product = torch.where(grad_lse == 0, 0.0, grad_lse.double() * positive)
-            dscale = dscale - (product.sum() / operands.scale).to(dscale.dtype)
-    return LossGradients(loss.to(statistics.lse.dtype), dx, dy, dscale)
+            product = torch.where(grad_pair == 0, 0.0, grad_pair * positive).sum()
+            dscale = dscale - (product / operands.scale).to(acc)
+    return LossGradients(loss.to(acc), dx, dy, dscale)
+
+
+class ColumnGradients(NamedTuple):
+    """Statistics of the columns, and the gradient of their log-sum-exp [N]."""
+
+    statistics: Statistics
+    lse: Tensor
+
+
+def _in_full(statistics: Statistics) -> Tensor:
+    return statistics.lse.double() + statistics.lse_residual.double()
 
 
 class _Mask:
@@ -157,17 +185,27 @@ def _gradients(
     statistics: tuple[Tensor, Tensor, Tensor],
     grads: RowGradients,
     needs: tuple[bool, bool, bool],
+    columns: ColumnGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the accumulator dtype; the scale's comes with the first side computed."""
     table = row_table(statistics, grads)
+    column_table = None
+    if columns is not None:
+        column_table = row_table(columns.statistics[:3], RowGradients(columns.lse, None, None))[:3]
     nothing = table.new_empty(0)
     dx = dy = dscale = nothing
     product = None
     if needs[0] or not needs[1]:
-        dx, product = _side(operands, mask, table, grads, rows=True, product=needs[2])
+        dx, product = _side(operands, mask, table, column_table, grads, rows=True, product=needs[2])
     if needs[1]:
         dy, of_columns = _side(
-            operands, mask, table, grads, rows=False, product=needs[2] and product is None
+            operands,
+            mask,
+            table,
+            column_table,
+            grads,
+            rows=False,
+            product=needs[2] and product is None,
         )
         product = of_columns if product is None else product
     if needs[2]:
@@ -180,6 +218,7 @@ def _side(
     operands: Operands,
     mask: _Mask,
     table: Tensor,
+    column_table: Tensor | None,
     grads: RowGradients,
     *,
     rows: bool,
@@ -189,7 +228,8 @@ def _side(
     own, other = (operands.x, operands.y) if rows else (operands.y, operands.x)
     count, dim = own.given.shape
     others = other.given.shape[0]
-    many = grads.entropy is not None or grads.score_sum is not None or mask.row_ids is not None
+    extras = (grads.entropy, grads.score_sum, mask.row_ids, column_table)
+    many = any(extra is not None for extra in extras)
     sizes = _sizes("gradients", operands, many=many)
     splits, split_others = _splits(count, others, sizes, table.device)
     # Near pairs are added to it in memory, so it starts from 0.
@@ -200,12 +240,13 @@ def _side(
     point_gradients_kernel[(triton.cdiv(count, sizes.block) * splits,)](
         own.values, own.low, own.sqnorm, other.values, other.low, other.sqnorm,
         own.given, other.given, operands.scale,
-        _or(mask.exclude, table), _or(own_ids, table), _or(other_ids, table), table, grad, products,
+        _or(mask.exclude, table), _or(own_ids, table), _or(other_ids, table), table,
+        _or(column_table, table), grad, products,
         count, others, dim, split_others, splits, own.values.stride(0), other.values.stride(0),
         table.shape[1], *own.given.stride(), *other.given.stride(),
         OWNS_ROWS=rows, **mask.options, **operands.product_options,
         HAS_ENTROPY=grads.entropy is not None, HAS_SUM=grads.score_sum is not None,
-        PRODUCT=product, ROUND=operands.weight_rounding,
+        HAS_COLUMNS=column_table is not None, PRODUCT=product, ROUND=operands.weight_rounding,
         BLOCK=sizes.block, BLOCK_OTHER=sizes.other, **_widths(dim, sizes),
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
@@ -275,7 +316,7 @@ def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
 
 
 def _narrow_ids(rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The ids as int32, renumbered in sorted order: half the registers, and no wait for a device."""
+    """The ids as int32, renumbered in order: half the registers, no wait for a device."""
     if rows is None or columns is None:
         return None, None
     if rows.dtype == columns.dtype == torch.int32:

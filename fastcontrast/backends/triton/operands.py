@@ -4,8 +4,8 @@ Maths: distances do not change when the mean of the columns is taken from both s
     come from the same rounded numbers, so that what their difference loses is bounded (rule 2).
 Tiling: a program owns BLOCK points and goes through their columns in parts.
 Memory: points read once by their strides, written once with adjacent columns, where something
-    changes; float16 and bfloat16 points are used where they lie, and not centred: a half number less
-    a mean is no half number, and their products are exact in float32.
+    changes; float16 and bfloat16 points are used where they lie, and not centred: a half number
+    less a mean is no half number, and their products are exact in float32.
 Numerics: norms in the accumulator dtype.
 """
 
@@ -89,6 +89,10 @@ class Operands(NamedTuple):
     y: Points
     kind: str
     scale: Tensor
+
+    def exchanged(self) -> Operands:
+        """The same with rows and columns exchanged."""
+        return self._replace(x=self.y, y=self.x)
 
     @property
     def acc(self) -> tl.dtype:

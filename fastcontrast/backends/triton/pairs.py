@@ -72,10 +72,8 @@ def add_pairs_kernel(
                 other=0.0,
             ).to(ACC)
             if not IS_DOT:
-                a = tl.load(
-                    own + mine[:, None] * own_row + k[None, :] * own_column, mask=mask, other=0.0
-                )
-                b -= a.to(ACC)
+                at = own + mine[:, None] * own_row + k[None, :] * own_column
+                b -= tl.load(at, mask=mask, other=0.0).to(ACC)
             part = tl.where(mask, w[:, None] * b, 0.0)
             # Chosen, not multiplied by 0 and 1: a pair that is not finite stays alone.
             belongs = here[:, None] == mine[None, :]

@@ -7,9 +7,11 @@ Tiling: a program owns BLOCK points of one side, with their gradient [BLOCK, D] 
     streams tiles of BLOCK_OTHER points of one split of the other side. One-dimensional grid.
 Memory: owners once, others once per block, from the L2 cache; the gradient is read (near pairs are
     in it) and written once. Nothing of size M×N.
-Numerics: weights are rounded as the matrix unit needs them, and their sums taken of the rounded
-    ones. Sums over a tile in float32, Σ c over tiles in float64. A near pair leaves the tile and adds
-    c (q - o) to the gradient in memory, which this program alone writes: deterministic.
+Numerics: weights are rounded to c̃ as the matrix unit needs them, and Σ c̃ (q - o) is formed with
+    the rounded ones on both sides, then scaled by Σ c / Σ c̃: what all pairs of an owner have in
+    common is as exact as if nothing had been rounded. Sums over a tile in float32, of weights over
+    tiles in float64. A near pair leaves its tile and adds c (q - o) to the gradient in memory,
+    which this program alone writes: deterministic.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import triton
 import triton.language as tl
 
 from fastcontrast.backends.triton.tiles import (
+    ABSENT_SQUARE,
     DOT,
     L2,
     LOG2_E,
@@ -56,13 +59,30 @@ def load_row_gradients(table, row, mask, m, HAS_ENTROPY: tl.constexpr, HAS_SUM: 
 
 
 @triton.jit
+def load_column_gradients(table, column, mask, n):
+    """Columns of the table [3, N] of a column: lse2 high and low, g_lse."""
+    at = table + column
+    high = tl.load(at, mask=mask, other=0.0)
+    low = tl.load(at + n, mask=mask, other=0.0)
+    return high, low, tl.load(at + 2 * n, mask=mask, other=0.0)
+
+
+@triton.jit
+def rounding_ratio(exact, rounded):
+    """exact/rounded, where rounding moved the sum little, as it does if all have one sign."""
+    close = tl.abs(exact - rounded) <= 0.0078125 * tl.abs(rounded)
+    return tl.where(close & (rounded != 0.0), exact / rounded, 1.0)
+
+
+@triton.jit
 def point_gradients_kernel(
     own, own_low, own_sqnorm, other, other_low, other_sqnorm, given_own, given_other, scale,
-    exclude, own_ids, other_ids, table, grad, product,
+    exclude, own_ids, other_ids, table, column_table, grad, product,
     count, other_count, dim, split_others, splits, own_stride, other_stride, m,
     given_own_row, given_own_column, given_other_row, given_other_column,
     OWNS_ROWS: tl.constexpr, METRIC: tl.constexpr, EXCLUDE: tl.constexpr, KEEP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, HAS_SUM: tl.constexpr, PRODUCT: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_SUM: tl.constexpr, HAS_COLUMNS: tl.constexpr,
+    PRODUCT: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +100,7 @@ def point_gradients_kernel(
         own_low_tile = load_rows(own_low, start, own_stride, count, 0, dim, BLOCK, BLOCK_D, UPCAST)
     own_norm = tl.zeros([BLOCK], dtype=ACC)
     if METRIC != DOT:
-        own_norm = tl.load(own_sqnorm + here, mask=inside, other=1.0)
+        own_norm = tl.load(own_sqnorm + here, mask=inside, other=ABSENT_SQUARE)
     own_id = here
     if KEEP != 0:
         own_id = tl.load(own_ids + here, mask=inside, other=0)
@@ -100,8 +120,11 @@ def point_gradients_kernel(
         high, low, grad_lse, grad_entropy, entropy, grad_sum = load_row_gradients(
             table, here, inside, m, HAS_ENTROPY, HAS_SUM
         )
+    elif HAS_COLUMNS:
+        high, low, grad_lse = load_column_gradients(column_table, here, inside, count)
     total = tl.zeros([BLOCK, BLOCK_D], dtype=ACC)
     weight_sum = tl.zeros([BLOCK], dtype=tl.float64)
+    exact_sum = tl.zeros([BLOCK], dtype=tl.float64)
     score_product = tl.zeros([BLOCK], dtype=tl.float64)
     # The split's own part of the gradient and of the products.
     grad_rows = grad + (tl.cast(split, tl.int64) * count + here) * dim
@@ -115,18 +138,21 @@ def point_gradients_kernel(
         other_low_tile = other_tile
         if SPLIT:
             other_low_tile = load_rows(
-                other_low, start_other, other_stride, other_count, 0, dim, BLOCK_OTHER, BLOCK_D, UPCAST
+                other_low, start_other, other_stride, other_count, 0, dim,
+                BLOCK_OTHER, BLOCK_D, UPCAST,
             )  # fmt: skip
         dots = tl.zeros([BLOCK, BLOCK_OTHER], dtype=ACC)
         if BLOCK_K == BLOCK_D:
             dots = products(
-                own_tile, own_low_tile, other_tile, other_low_tile, dots, METRIC, SPLIT, PRECISION, ACC
+                own_tile, own_low_tile, other_tile, other_low_tile, dots,
+                METRIC, SPLIT, PRECISION, ACC,
             )  # fmt: skip
         else:
             for k in range(0, dim, BLOCK_K):
                 a = load_rows(own, start, own_stride, count, k, dim, BLOCK, BLOCK_K, UPCAST)
                 b = load_rows(
-                    other, start_other, other_stride, other_count, k, dim, BLOCK_OTHER, BLOCK_K, UPCAST
+                    other, start_other, other_stride, other_count, k, dim,
+                    BLOCK_OTHER, BLOCK_K, UPCAST,
                 )  # fmt: skip
                 dots = products(a, a, b, b, dots, METRIC, False, PRECISION, ACC)
         other_id = there
@@ -152,6 +178,18 @@ def point_gradients_kernel(
             tile_high, tile_low, tile_lse = a_high[None, :], a_low[None, :], a_lse[None, :]
             tile_grad_entropy, tile_entropy = a_grad_entropy[None, :], a_entropy[None, :]
             tile_sum = a_sum[None, :]
+        if HAS_COLUMNS:
+            if OWNS_ROWS:
+                c_high, c_low, c_lse = load_column_gradients(
+                    column_table, there, in_others, other_count
+                )
+                column_high, column_low, column_lse = (
+                    c_high[None, :],
+                    c_low[None, :],
+                    c_lse[None, :],
+                )
+            else:
+                column_high, column_low, column_lse = high[:, None], low[:, None], grad_lse[:, None]
         counts = counted(
             in_others[None, :], column, own_id[:, None], other_id[None, :], tile_first,
             tile_second, EXCLUDE, KEEP,
@@ -196,6 +234,14 @@ def point_gradients_kernel(
                             exact, b_high, b_low, b_lse, b_grad_entropy, b_entropy, b_sum,
                             HAS_ENTROPY, HAS_SUM,
                         )  # fmt: skip
+                    if HAS_COLUMNS:
+                        if OWNS_ROWS:
+                            d_high, d_low, d_lse = load_column_gradients(
+                                column_table, partner, found, other_count
+                            )
+                            g += tl.exp2((exact - d_high) - d_low) * d_lse
+                        else:
+                            g += tl.exp2((exact - high) - low) * grad_lse
                     apart = found & (direct != 0.0)  # the subgradient 0 at coincident points
                     w = pair_weight(
                         g, inverse_distance(tl.where(apart, direct, 1.0), ACC), scale_value, METRIC
@@ -214,13 +260,25 @@ def point_gradients_kernel(
             t, tile_high, tile_low, tile_lse, tile_grad_entropy, tile_entropy, tile_sum,
             HAS_ENTROPY, HAS_SUM,
         )  # fmt: skip
+        if HAS_COLUMNS:  # the other direction of a symmetric loss
+            g += tl.exp2((t - column_high) - column_low) * column_lse
         if PRODUCT:  # g is 0 where t is -inf
             score_product += tl.sum(g * tl.maximum(t, -1e30), 1).to(tl.float64)
         weights = pair_weight(g, inverse, scale_value, METRIC)
         total, used = weighted_rows(
-            weights, other_tile, other_low_tile, total, SPLIT, ROUND, UPCAST, ACC
+            weights,
+            other_tile,
+            other_low_tile,
+            total,
+            SPLIT,
+            ROUND,
+            HAS_ENTROPY or HAS_SUM,
+            UPCAST,
+            ACC,
         )
         weight_sum += tl.sum(used, 1).to(tl.float64)
+        if ROUND != "none":
+            exact_sum += tl.sum(weights, 1).to(tl.float64)
     k = tl.arange(0, BLOCK_D)
     at = grad_rows[:, None] + k[None, :]
     mask = inside[:, None] & (k < dim)[None, :]
@@ -231,7 +289,10 @@ def point_gradients_kernel(
             own_last += load_rows(
                 own_low, start, own_stride, count, 0, dim, BLOCK, BLOCK_D, UPCAST
             ).to(ACC)
-        total += tl.load(at, mask=mask, other=0.0) - own_last * weight_sum.to(ACC)[:, None]
+        total -= own_last * weight_sum.to(ACC)[:, None]
+        if ROUND != "none":
+            total *= rounding_ratio(exact_sum, weight_sum).to(ACC)[:, None]
+        total += tl.load(at, mask=mask, other=0.0)
     tl.store(at, total, mask=mask)
     if PRODUCT:
         tl.store(product + tl.cast(split, tl.int64) * count + here, score_product, mask=inside)

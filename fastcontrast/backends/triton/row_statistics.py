@@ -9,8 +9,8 @@ Tiling: a program owns BLOCK_M rows, which stay in shared memory, and streams ti
 Memory: rows are read once, columns once per row block, from the L2 cache as all programs stream the
     same ones; 48 bytes per row and split are written. Nothing of size M×N.
 Numerics: exp2 of scores less the running maximum; what does not count is -inf before the maximum.
-    Sums over one tile in float32, over tiles in float64. A tile that may hold a near pair (tiles.py)
-    takes those by direct difference: a branch that costs nothing per pair where it is not taken.
+    Sums over one tile in float32, over tiles in float64. A tile that may hold near pairs (tiles.py)
+    takes them by direct difference: a branch that costs nothing per pair where it is not taken.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from fastcontrast.backends.triton.tiles import (
+    ABSENT_SQUARE,
     DOT,
     LN_2,
     LOG2_E,
@@ -62,7 +63,7 @@ def row_statistics_kernel(
             x_low_tile = load_rows(x_low, start_m, x_stride, m, 0, dim, BLOCK_M, BLOCK_D, UPCAST)
     xs = tl.zeros([BLOCK_M], dtype=ACC)
     if METRIC != DOT:
-        xs = tl.load(x_sqnorm + row, mask=in_rows, other=1.0)
+        xs = tl.load(x_sqnorm + row, mask=in_rows, other=ABSENT_SQUARE)
     first = tl.full([BLOCK_M], -1, dtype=tl.int32)
     second = first
     if EXCLUDE > 0:
@@ -189,6 +190,7 @@ def merge_splits_kernel(
     above = tl.zeros([BLOCK], dtype=tl.int64)
     for split in range(0, splits):
         at = state + tl.cast(split * 4, tl.int64) * m + row
+        at_counts = counts + tl.cast(split * 2, tl.int64) * m + row
         top = tl.load(at, mask=mask, other=0.0)
         part = tl.load(at + m, mask=mask, other=0.0)
         part_weighted = tl.load(at + 2 * tl.cast(m, tl.int64), mask=mask, other=0.0)
@@ -198,7 +200,7 @@ def merge_splits_kernel(
         weighted += factor * (part_weighted + shift * part)
         if SCORE_SUM:
             total += tl.load(at + 3 * tl.cast(m, tl.int64), mask=mask, other=0.0)
-            number += tl.load(counts + tl.cast(split * 2, tl.int64) * m + row, mask=mask, other=0)
+            number += tl.load(at_counts, mask=mask, other=0)
         if RANK:
             above += tl.load(
                 counts + tl.cast(split * 2 + 1, tl.int64) * m + row, mask=mask, other=0

@@ -1,4 +1,4 @@
-"""Device functions that the kernels of `distance_softmax` share: what happens to one tile of scores.
+"""Device functions that the kernels of `distance_softmax` share: what becomes of a tile of scores.
 
 Scores are kept in units of log2, ``t = s log2(e)``, as in csrc/common/scores.h. A tile has rows of
 one side on axis 0 (the owner, whose results the program writes) and of the other side on axis 1.
@@ -25,6 +25,8 @@ NEAR_64 = tl.constexpr(2.0**26 * 2.0**-52)
 # taken for near, and so is computed directly, whatever the norms.
 SMALLEST_SQUARE = tl.constexpr(1e-37)
 NEAR_SQUARE = tl.constexpr(1e-35)
+# Squared norm of what is not there: far from everything, and its square root is no infinity.
+ABSENT_SQUARE = tl.constexpr(1e30)
 
 
 @triton.jit
@@ -185,13 +187,14 @@ def pair_weight(g, inverse, scale, METRIC: tl.constexpr):
 
 @triton.jit
 def weighted_rows(
-    weight, other, other_low, total,
-    SPLIT: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
+    weight, other, other_low, total, SPLIT: tl.constexpr, ROUND: tl.constexpr,
+    TWICE: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``total`` + weight @ other, and the weights as the product saw them.
 
     Sums of weights must be those of the rounded ones: what is left of Σ c (y - x) after two sums
-    are subtracted is then the same weighted difference.
+    are subtracted is then the same weighted difference. TWICE: what rounding left over is
+    multiplied as well, for weights of both signs, which may cancel.
     """
     # One return at the end: Triton compiles what stands after an earlier one too.
     used = weight
@@ -207,13 +210,20 @@ def weighted_rows(
     elif ROUND == "bf16":
         narrow = weight.to(tl.bfloat16)
         used = narrow.to(tl.float32)
-        if UPCAST:
-            total = tl.dot(used, other, total, out_dtype=ACC)
-        else:
-            total = tl.dot(narrow, other, total, out_dtype=ACC)
+        total = tl.dot(used if UPCAST else narrow, other, total, out_dtype=ACC)
+        if TWICE:
+            narrow = (weight - used).to(tl.bfloat16)
+            rest = narrow.to(tl.float32)
+            total = tl.dot(rest if UPCAST else narrow, other, total, out_dtype=ACC)
+            used += rest
     elif ROUND == "tf32":  # float16 operands too: the weights would leave the range of float16
+        wide = other.to(tl.float32)
         used = round_to_tf32(weight)
-        total = tl.dot(used, other.to(tl.float32), total, input_precision="tf32", out_dtype=ACC)
+        total = tl.dot(used, wide, total, input_precision="tf32", out_dtype=ACC)
+        if TWICE:
+            rest = round_to_tf32(weight - used)
+            total = tl.dot(rest, wide, total, input_precision="tf32", out_dtype=ACC)
+            used += rest
     else:
         total = tl.dot(weight, other, total, input_precision="ieee", out_dtype=ACC)
     return total, used
