@@ -8,6 +8,7 @@ forward and backward; with a kernel for each side, so that nothing is added by t
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +34,17 @@ from fastcontrast.backends.scores import (
     transposed,
 )
 from fastcontrast.backends.triton import INTERPRETED
-from fastcontrast.backends.triton.launch import Launch, launch, padded_dimension
-from fastcontrast.backends.triton.operands import Operands, prepare
+from fastcontrast.backends.triton.launch import (
+    LARGEST_FUSED,
+    Launch,
+    launch,
+    padded_dimension,
+)
+from fastcontrast.backends.triton.operands import Operands, Points, prepare
 from fastcontrast.backends.triton.pairs import add_pairs, pair_scores
 from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
 from fastcontrast.backends.triton.row_statistics import merge_splits_kernel, row_statistics_kernel
+from fastcontrast.backends.triton.wide import WIDE, Weights, blocks_of_products
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -147,36 +154,67 @@ class _Mask:
             "EXCLUDE": 0 if self.exclude is None else self.exclude.shape[1],
         }
 
+    def of_rows(self, rows: slice) -> _Mask:
+        """The same for some of the rows."""
+        part = copy.copy(self)
+        part.exclude = None if self.exclude is None else self.exclude[rows]
+        part.row_ids = None if self.row_ids is None else self.row_ids[rows]
+        return part
+
 
 def _statistics(
     operands: Operands, mask: _Mask, threshold: Tensor | None, score_sum: bool
 ) -> Statistics:
-    x, y = operands.x, operands.y
-    m, dim, n = x.given.shape[0], x.given.shape[1], y.given.shape[0]
+    x, dim = operands.x, operands.x.given.shape[1]
     out = empty_statistics(x.given, score_sum=score_sum, rank=threshold is not None)
     rank = threshold is not None
-    sizes = _sizes("statistics", operands, many=score_sum or rank or mask.row_ids is not None)
+    limit = out.lse if threshold is None else threshold.to(out.lse.dtype).contiguous()
+    if dim > LARGEST_FUSED:
+        for rows, dots in blocks_of_products(operands, mask.metric):
+            part = Statistics(*(value[rows] for value in out))
+            block = operands._replace(x=Points(*(value[rows] for value in x)))
+            _launch_statistics(
+                block, mask.of_rows(rows), part, limit[rows], score_sum, rank, WIDE, dots
+            )
+    else:
+        sizes = _sizes("statistics", operands, many=score_sum or rank or mask.row_ids is not None)
+        _launch_statistics(operands, mask, out, limit, score_sum, rank, sizes, None)
+    return out
+
+
+def _launch_statistics(
+    operands: Operands,
+    mask: _Mask,
+    out: Statistics,
+    limit: Tensor,
+    score_sum: bool,
+    rank: bool,
+    sizes: Launch,
+    dots: Tensor | None,
+) -> None:
+    """Fill ``out`` from the points, or from their dot products [M, N] where they are given."""
+    x, y = operands.x, operands.y
+    m, dim, n = x.given.shape[0], x.given.shape[1], y.given.shape[0]
     splits, split_columns = _splits(m, n, sizes, x.given.device)
     state = torch.empty(splits, 4, m, dtype=torch.float64, device=x.given.device)
     counts = state
     if score_sum or rank:
         counts = torch.empty(splits, 2, m, dtype=torch.int64, device=x.given.device)
-    limit = state if threshold is None else threshold.to(out.lse.dtype).contiguous()
     row_statistics_kernel[(triton.cdiv(m, sizes.block) * splits,)](
-        x.values, x.low, x.sqnorm, y.values, y.low, y.sqnorm, x.given, y.given, operands.scale,
+        x.values if dots is None else dots, x.low, x.sqnorm, y.values, y.low, y.sqnorm,
+        x.given, y.given, operands.scale,
         _or(mask.exclude, state), _or(mask.row_ids, state), _or(mask.column_ids, state), limit,
         state, counts, m, n, dim, split_columns, splits, x.values.stride(0), y.values.stride(0),
         *x.given.stride(), *y.given.stride(),
         **mask.options, **operands.product_options, SCORE_SUM=score_sum, RANK=rank,
         BLOCK_M=sizes.block, BLOCK_N=sizes.other, **_widths(dim, sizes),
-        num_warps=sizes.warps, num_stages=sizes.stages,
+        FROM_DOTS=dots is not None, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     merge_splits_kernel[(triton.cdiv(m, MERGE_BLOCK),)](
         state, counts, *(out.lse, out.lse_residual, out.entropy),
         out.score_sum, out.column_count, out.rank, m, splits,
         SCORE_SUM=score_sum, RANK=rank, BLOCK=MERGE_BLOCK,
     )  # fmt: skip
-    return out
 
 
 def _gradients(
@@ -192,26 +230,39 @@ def _gradients(
     column_table = None
     if columns is not None:
         column_table = row_table(columns.statistics[:3], RowGradients(columns.lse, None, None))[:3]
-    nothing = table.new_empty(0)
-    dx = dy = dscale = nothing
-    product = None
+    if operands.x.given.shape[1] > LARGEST_FUSED:
+        tensors = tuple(_or(t, table) for t in (mask.exclude, mask.row_ids, mask.column_ids))
+        extras = (grads.entropy is not None, grads.score_sum is not None)
+        weights = Weights(operands, tensors, mask.options, (table, column_table), extras, needs)
+        for rows, dots in blocks_of_products(operands, mask.metric):
+            weights.add_block(rows, dots)
+        dx, dy, product = weights.result()
+    else:
+        dx, dy, product = _fused_gradients(operands, mask, table, column_table, grads, needs)
+    if not needs[2]:
+        return dx, dy, table.new_empty(0)
+    return dx, dy, (product.sum() * LN_2 / operands.scale).to(table.dtype)
+
+
+def _fused_gradients(
+    operands: Operands,
+    mask: _Mask,
+    table: Tensor,
+    column_table: Tensor | None,
+    grads: RowGradients,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sides that need one, and Σ ∂L/∂s · t, which comes with the first of them."""
+    dx = dy = product = table.new_empty(0)
     if needs[0] or not needs[1]:
         dx, product = _side(operands, mask, table, column_table, grads, rows=True, product=needs[2])
     if needs[1]:
+        first = needs[2] and product.numel() == 0
         dy, of_columns = _side(
-            operands,
-            mask,
-            table,
-            column_table,
-            grads,
-            rows=False,
-            product=needs[2] and product is None,
+            operands, mask, table, column_table, grads, rows=False, product=first
         )
-        product = of_columns if product is None else product
-    if needs[2]:
-        assert product is not None
-        dscale = (product.sum() * LN_2 / operands.scale).to(table.dtype)
-    return dx if needs[0] else nothing, dy, dscale
+        product = of_columns if first else product
+    return dx if needs[0] else table.new_empty(0), dy, product
 
 
 def _side(
@@ -223,8 +274,8 @@ def _side(
     *,
     rows: bool,
     product: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the rows or of the columns, and Σ ∂L/∂s · t of each."""
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the rows or of the columns, and Σ ∂L/∂s · t of each if ``product``."""
     own, other = (operands.x, operands.y) if rows else (operands.y, operands.x)
     count, dim = own.given.shape
     others = other.given.shape[0]
@@ -250,7 +301,7 @@ def _side(
         BLOCK=sizes.block, BLOCK_OTHER=sizes.other, **_widths(dim, sizes),
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
-    return grad[0] if splits == 1 else grad.sum(0), products if product else None
+    return grad[0] if splits == 1 else grad.sum(0), products if product else products[:0]
 
 
 def row_table(statistics: tuple[Tensor, Tensor, Tensor], grads: RowGradients) -> Tensor:

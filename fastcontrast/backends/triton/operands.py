@@ -155,7 +155,7 @@ def _points(
     stores = mean is not None or rounds or not lies_well
     if not stores and not distances:
         return Points(given, given, given, given)
-    values = low = given
+    values = low = given  # the same tensor where nothing is split off
     if stores:
         dtype = torch.bfloat16 if kind in ("bfloat16", "bf16x3") else given.dtype
         width = -(-dim // 16) * 16  # rows that start on 16 bytes load faster

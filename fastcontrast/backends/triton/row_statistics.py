@@ -47,16 +47,19 @@ def row_statistics_kernel(
     METRIC: tl.constexpr, EXCLUDE: tl.constexpr, KEEP: tl.constexpr, SCORE_SUM: tl.constexpr,
     RANK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, FROM_DOTS: tl.constexpr,
 ):  # fmt: skip
-    """State [splits, 4, M] float64 (max, sum, weighted, total), counts [splits, 2, M] int64."""
+    """State [splits, 4, M] float64 (max, sum, weighted, total), counts [splits, 2, M] int64.
+
+    FROM_DOTS: ``x`` is a matrix [M, N] of dot products that have been computed (wide.py).
+    """
     split = tl.program_id(0) % splits
     start_m = tl.program_id(0) // splits * BLOCK_M
     row = start_m + tl.arange(0, BLOCK_M)
     in_rows = row < m
     scale2 = tl.load(scale) * LOG2_E
     scale2 = scale2.to(ACC)
-    if BLOCK_K == BLOCK_D:
+    if BLOCK_K == BLOCK_D and not FROM_DOTS:
         x_tile = load_rows(x, start_m, x_stride, m, 0, dim, BLOCK_M, BLOCK_D, UPCAST)
         x_low_tile = x_tile
         if SPLIT:
@@ -87,7 +90,10 @@ def row_statistics_kernel(
         column = start_n + tl.arange(0, BLOCK_N)
         in_columns = column < n
         dots = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-        if BLOCK_K == BLOCK_D:
+        if FROM_DOTS:
+            at = x + row.to(tl.int64)[:, None] * n + column[None, :]
+            dots = tl.load(at, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
+        elif BLOCK_K == BLOCK_D:
             y_tile = load_rows(y, start_n, y_stride, n, 0, dim, BLOCK_N, BLOCK_D, UPCAST)
             y_low_tile = y_tile
             if SPLIT:
