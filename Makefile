@@ -36,8 +36,10 @@ demo: $(VENV)/installed-train  ## train on the embedded digits, 2 minutes on two
 	@echo
 	@echo "The results are in runs/demo/; the embedding as a picture: runs/demo/embedding.png"
 
+# Triton's interpreter has to be chosen before Python starts, so its part is a run of its own.
 test: $(VENV)/installed-test  ## run the whole test suite
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev  ## check style and types, without changing a file
 	$(VENV)/bin/ruff check .

@@ -6,6 +6,9 @@ forward and backward; with a kernel for each side, so that nothing is added by t
 10MND, and beyond LARGEST_FUSED 6MND in a loss.
 """
 
+# Triton's language is Python only in its syntax: the checker sees the wrong types.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import copy
@@ -35,8 +38,8 @@ from fastcontrast.backends.scores import (
 )
 from fastcontrast.backends.triton import INTERPRETED
 from fastcontrast.backends.triton.launch import (
-    LARGEST_FUSED,
     Launch,
+    is_fused,
     launch,
     padded_dimension,
 )
@@ -165,11 +168,11 @@ class _Mask:
 def _statistics(
     operands: Operands, mask: _Mask, threshold: Tensor | None, score_sum: bool
 ) -> Statistics:
-    x, dim = operands.x, operands.x.given.shape[1]
+    x = operands.x
     out = empty_statistics(x.given, score_sum=score_sum, rank=threshold is not None)
     rank = threshold is not None
     limit = out.lse if threshold is None else threshold.to(out.lse.dtype).contiguous()
-    if dim > LARGEST_FUSED:
+    if not _is_fused("statistics", operands):
         for rows, dots in blocks_of_products(operands, mask.metric):
             part = Statistics(*(value[rows] for value in out))
             block = operands._replace(x=Points(*(value[rows] for value in x)))
@@ -230,8 +233,9 @@ def _gradients(
     column_table = None
     if columns is not None:
         column_table = row_table(columns.statistics[:3], RowGradients(columns.lse, None, None))[:3]
-    if operands.x.given.shape[1] > LARGEST_FUSED:
-        tensors = tuple(_or(t, table) for t in (mask.exclude, mask.row_ids, mask.column_ids))
+    if not _is_fused("gradients", operands):
+        ids = (_or(mask.row_ids, table), _or(mask.column_ids, table))
+        tensors = (_or(mask.exclude, table), *ids)
         extras = (grads.entropy is not None, grads.score_sum is not None)
         weights = Weights(operands, tensors, mask.options, (table, column_table), extras, needs)
         for rows, dots in blocks_of_products(operands, mask.metric):
@@ -280,7 +284,7 @@ def _side(
     count, dim = own.given.shape
     others = other.given.shape[0]
     extras = (grads.entropy, grads.score_sum, mask.row_ids, column_table)
-    many = any(extra is not None for extra in extras)
+    many = product or any(extra is not None for extra in extras)
     sizes = _sizes("gradients", operands, many=many)
     splits, split_others = _splits(count, others, sizes, table.device)
     # Near pairs are added to it in memory, so it starts from 0.
@@ -317,10 +321,17 @@ def row_table(statistics: tuple[Tensor, Tensor, Tensor], grads: RowGradients) ->
     return table
 
 
+def _is_fused(kernel: str, operands: Operands) -> bool:
+    return is_fused(kernel, operands.kind, operands.x.given.shape[1], _capability(operands))
+
+
 def _sizes(kernel: str, operands: Operands, *, many: bool) -> Launch:
-    device = operands.x.given.device
-    capability = None if INTERPRETED else torch.cuda.get_device_capability(device)
-    return launch(kernel, operands.kind, operands.x.given.shape[1], capability, many=many)
+    dim = operands.x.given.shape[1]
+    return launch(kernel, operands.kind, dim, _capability(operands), many=many)
+
+
+def _capability(operands: Operands) -> tuple[int, int] | None:
+    return None if INTERPRETED else torch.cuda.get_device_capability(operands.x.given.device)
 
 
 def _widths(dim: int, sizes: Launch) -> dict[str, int]:

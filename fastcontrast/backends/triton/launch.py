@@ -1,13 +1,14 @@
 """How the Triton kernels are launched: block sizes and warps by device, operands and dimension.
 
-A plain table, so that the kernels that run are those that were compiled and looked at ahead of time
-(docs/triton_kernels.md), and no call is spent on trying. Needs no Triton. ``python -m
-benchmarks.tune`` measures alternatives on a GPU and rewrites TABLE.
+A plain table, launch_table.py, so that the kernels that run are those that were compiled and looked
+at ahead of time (docs/triton_kernels.md), and no call is spent on trying. Needs no Triton.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from fastcontrast.backends.triton.launch_table import SIZES
 
 # Up to this dimension a program keeps whole points; beyond, PyTorch's GEMMs do it (wide.py).
 LARGEST_FUSED = 256
@@ -24,6 +25,8 @@ class Launch(NamedTuple):
     Attributes:
         block: Points that a program owns.
         other: Points of the other side in a tile.
+        other_many: The same for calls with ids, sums, ranks, an entropy's gradient, a symmetric
+            loss or a scale's gradient, which take registers of their own.
         part: Columns of the points taken at a time, 0 for all.
         warps: Warps of a program.
         stages: Tiles in flight.
@@ -31,6 +34,7 @@ class Launch(NamedTuple):
 
     block: int
     other: int
+    other_many: int
     part: int
     warps: int
     stages: int
@@ -55,6 +59,13 @@ def architecture(capability: tuple[int, int]) -> int:
     return max(a for a in ARCHITECTURES if a <= max(found, ARCHITECTURES[0]))
 
 
+def is_fused(kernel: str, kind: str, dim: int, capability: tuple[int, int] | None) -> bool:
+    """Whether a kernel keeps whole points of so many dimensions; arguments as of launch()."""
+    if dim > LARGEST_FUSED or capability is None:
+        return dim <= LARGEST_FUSED
+    return (architecture(capability), kernel, kind, dimension_class(dim)) in SIZES
+
+
 def launch(
     kernel: str, kind: str, dim: int, capability: tuple[int, int] | None, *, many: bool = False
 ) -> Launch:
@@ -65,35 +76,13 @@ def launch(
         kind: One of KINDS.
         dim: Dimension of the points, at most LARGEST_FUSED.
         capability: Of the device; None under the interpreter.
-        many: Whether ids, sums or ranks take registers of their own.
+        many: Whether the call has what other_many is for.
     """
     if capability is None:
         return INTERPRETED
-    found = TABLE[architecture(capability), kernel, kind, dimension_class(dim)]
-    return found._replace(other=max(16, found.other // 2)) if many else found
+    found = Launch(*SIZES[architecture(capability), kernel, kind, dimension_class(dim)])
+    return found._replace(other=found.other_many) if many else found
 
 
 # Small, so that test shapes have several tiles on both sides, and unlike on the two sides.
-INTERPRETED = Launch(block=64, other=32, part=0, warps=1, stages=1)
-
-
-def _defaults() -> dict[tuple[int, str, str, int], Launch]:
-    """Nothing here has run on a GPU yet: chosen to fit registers and shared memory."""
-    table = {}
-    for arch in ARCHITECTURES:
-        for kind in KINDS:
-            for dim in CLASSES:
-                for kernel in KERNELS:
-                    table[arch, kernel, kind, dim] = _default(arch, kernel, kind, dim)
-    return table
-
-
-def _default(arch: int, kernel: str, kind: str, dim: int) -> Launch:
-    if kind == "float64":
-        return Launch(32, 16 if kernel == "gradients" else 32, 0, 4, 1)
-    if kind == "ieee":
-        return Launch(64, 32, 16, 8, 2)
-    return Launch(128, 64, 0, 8, 2 if dim == 256 or kind in ("tf32", "bf16x3") else 3)
-
-
-TABLE = _defaults()
+INTERPRETED = Launch(block=64, other=32, other_many=32, part=0, warps=1, stages=1)

@@ -9,6 +9,11 @@ Memory: points read once by their strides, written once with adjacent columns, w
 Numerics: norms in the accumulator dtype.
 """
 
+# Triton's language is Python only in its syntax: the checker sees the wrong types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -8,6 +8,11 @@ Memory: both points of every pair are read by their strides; gradients are read 
 Numerics: sums in the accumulator dtype. One writer per gradient row, in a fixed order.
 """
 
+# Triton's language is Python only in its syntax: the checker sees the wrong types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import torch

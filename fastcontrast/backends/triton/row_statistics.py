@@ -13,6 +13,11 @@ Numerics: exp2 of scores less the running maximum; what does not count is -inf b
     takes them by direct difference: a branch that costs nothing per pair where it is not taken.
 """
 
+# Triton's language is Python only in its syntax: the checker sees the wrong types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton

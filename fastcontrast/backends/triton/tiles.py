@@ -4,6 +4,11 @@ Scores are kept in units of log2, ``t = s log2(e)``, as in csrc/common/scores.h.
 one side on axis 0 (the owner, whose results the program writes) and of the other side on axis 1.
 """
 
+# Triton's language is Python only in its syntax: the checker sees the wrong types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton

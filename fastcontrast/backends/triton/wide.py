@@ -9,6 +9,11 @@ Numerics: as there. Weights of near pairs are 0 in the products; the pass leaves
     place, and flags the tile, so that the columns' gradient finds them. One writer per row.
 """
 
+# Triton's language is Python only in its syntax: the checker sees the wrong types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -49,7 +54,7 @@ BLOCK_SCORES = 1 << 25
 BLOCK_M = 8
 BLOCK_N = 256
 # The statistics of a block, from its scores alone.
-WIDE = Launch(block=BLOCK_M, other=BLOCK_N, part=16, warps=4, stages=2)
+WIDE = Launch(block=BLOCK_M, other=BLOCK_N, other_many=BLOCK_N, part=16, warps=4, stages=2)
 
 
 @triton.jit

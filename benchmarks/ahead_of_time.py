@@ -1,0 +1,245 @@
+"""Compiles the Triton kernels for GPUs that are not here, and reads what they take of them.
+
+    python -m benchmarks.ahead_of_time            every entry of the table: docs/triton_kernels.md
+    python -m benchmarks.ahead_of_time --subset   the part that the tests check, as JSON
+
+Triton brings its own assembler, so no GPU, driver or CUDA toolkit is needed. Run without
+TRITON_INTERPRET. Results are kept in Triton's own cache: a second run takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from fastcontrast.backends.triton.launch_table import SIZES
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastcontrast.backends.triton import launch as launches
+from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
+from fastcontrast.backends.triton.row_statistics import row_statistics_kernel
+
+METRICS = ("l2", "sqeuclidean", "dot")
+# Triton's names of the dtypes of (operands, points as given, sums) of each kind.
+DTYPES = {
+    "float64": ("fp64", "fp64", "fp64"),
+    "ieee": ("fp32", "fp32", "fp32"),
+    "tf32": ("fp32", "fp32", "fp32"),
+    "bf16x3": ("bf16", "fp32", "fp32"),
+    "bfloat16": ("bf16", "bf16", "fp32"),
+    "float16": ("fp16", "fp16", "fp32"),
+}
+ROUNDING = {"bfloat16": "bf16", "bf16x3": "bf16", "tf32": "tf32", "float16": "tf32"}
+# Shared memory of a program, and 32-bit registers of a multiprocessor, bytes and number. 99 KiB
+# for 80: its entries also serve the smaller memories of 8.6 and 8.9.
+SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_OF_PROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+REGISTERS = 65536
+COLUMNS = (
+    "sm", "kernel", "operands", "D", "metric", "block × tile", "warps", "registers", "stack",
+    "shared, KiB", "matrix instructions", "resident warps",
+)  # fmt: skip
+TABLE = Path(__file__).resolve().parents[1] / "docs" / "triton_kernels.md"
+
+
+class Entry(NamedTuple):
+    """One compilation: an entry of the launch table with what a call makes constant."""
+
+    architecture: int
+    kernel: str
+    kind: str
+    dim: int
+    metric: str
+    rows: bool = True
+    many: bool = False
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel takes of a multiprocessor."""
+
+    registers: int
+    spilled: int
+    shared: int
+    matrix_instructions: int
+    asynchronous_copies: int
+    warps_resident: int
+
+
+def every_entry() -> Iterator[Entry]:
+    """All that can be launched."""
+    for (arch, kernel, kind, dim), metric in itertools.product(SIZES, METRICS):
+        for many in (False, True):
+            yield Entry(arch, kernel, kind, dim, metric, True, many)
+            if kernel == "gradients":
+                yield Entry(arch, kernel, kind, dim, metric, False, many)
+
+
+def subset() -> list[Entry]:
+    """What the tests compile: each architecture, kernel and kind once, at its hardest dimension."""
+    found = []
+    for arch, kernel, kind in itertools.product(
+        launches.ARCHITECTURES, launches.KERNELS, launches.KINDS
+    ):
+        if arch == 100 and kind not in ("bfloat16", "tf32"):
+            continue
+        found.append(Entry(arch, kernel, kind, 128, "l2", rows=kind != "tf32"))
+    found.append(Entry(90, "statistics", "bfloat16", 256, "dot"))
+    found.append(Entry(90, "gradients", "bfloat16", 256, "l2", rows=False, many=True))
+    return found
+
+
+def compiled(entry: Entry, sizes: launches.Launch | None = None) -> Resources:
+    """Compile one entry and read what it takes."""
+    if sizes is None:
+        capability = (entry.architecture // 10, entry.architecture % 10)
+        sizes = launches.launch(entry.kernel, entry.kind, entry.dim, capability, many=entry.many)
+    kernel = row_statistics_kernel if entry.kernel == "statistics" else point_gradients_kernel
+    constants = _constants(entry, sizes)
+    signature, known, hints = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            known[(position,)] = constants[name]
+            continue
+        signature[name] = _type(name, entry.kind)
+        aligned = ("x_stride", "y_stride", "own_stride", "other_stride", "dim")
+        if signature[name].startswith("*") or name in aligned:
+            hints[(position,)] = [["tt.divisibility", 16]]
+    result = triton.compile(
+        ASTSource(kernel, signature, known, hints),
+        target=GPUTarget("cuda", entry.architecture, 32),
+        options={"num_warps": sizes.warps, "num_stages": sizes.stages},
+    )
+    registers, stack = _registers(result.asm["cubin"])
+    shared = result.metadata.shared
+    threads = 32 * sizes.warps
+    programs = min(
+        REGISTERS // (threads * -(-registers // 8) * 8),
+        SHARED_OF_PROCESSOR[entry.architecture] // max(1, shared + 1024),
+    )
+    matrix = r"wgmma\.mma_async|\bmma\.sync|tcgen05\.mma"
+    return Resources(
+        registers, stack, shared, len(re.findall(matrix, result.asm["ptx"])),
+        result.asm["ttgir"].count("async_copy_global"), programs * sizes.warps,
+    )  # fmt: skip
+
+
+def _type(name: str, kind: str) -> str:
+    operand, given, acc = DTYPES[kind]
+    pointers = {
+        **dict.fromkeys(("x", "x_low", "y", "y_low"), operand),
+        **dict.fromkeys(("own", "own_low", "other", "other_low"), operand),
+        **dict.fromkeys(("given_x", "given_y", "given_own", "given_other"), given),
+        **dict.fromkeys(
+            ("x_sqnorm", "y_sqnorm", "own_sqnorm", "other_sqnorm", "scale", "threshold", "table",
+             "column_table", "grad"), acc,
+        ),
+        **dict.fromkeys(("row_ids", "column_ids", "own_ids", "other_ids"), "i32"),
+        **dict.fromkeys(("exclude", "counts"), "i64"),
+        **dict.fromkeys(("state", "product"), "fp64"),
+    }  # fmt: skip
+    if name in pointers:
+        return "*" + pointers[name]
+    return "i64" if name.startswith("given_") else "i32"
+
+
+def _constants(entry: Entry, sizes: launches.Launch) -> dict[str, Any]:
+    width = launches.padded_dimension(entry.dim)
+    many = entry.many
+    constants = {
+        "METRIC": METRICS.index(entry.metric),
+        "EXCLUDE": 2 if many else 1,
+        "KEEP": 1 if many else 0,
+        "SPLIT": entry.kind == "bf16x3",
+        "PRECISION": "tf32" if entry.kind == "tf32" else "ieee",
+        "UPCAST": False,
+        "ACC": tl.float64 if entry.kind == "float64" else tl.float32,
+        "BLOCK_D": width,
+        "BLOCK_K": min(sizes.part or width, width),
+    }
+    if entry.kernel == "statistics":
+        return constants | {
+            "SCORE_SUM": many, "RANK": many, "FROM_DOTS": False,
+            "BLOCK_M": sizes.block, "BLOCK_N": sizes.other,
+        }  # fmt: skip
+    return constants | {
+        "OWNS_ROWS": entry.rows, "HAS_ENTROPY": many, "HAS_SUM": False, "HAS_COLUMNS": many,
+        "PRODUCT": many, "ROUND": ROUNDING.get(entry.kind, "none"),
+        "BLOCK": sizes.block, "BLOCK_OTHER": sizes.other,
+    }  # fmt: skip
+
+
+def _registers(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack: spilled ones lie there."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    registers = max(map(int, re.findall(r"REG:(\d+)", done.stdout)))
+    return registers, sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", done.stdout)))
+
+
+def document(found: dict[Entry, Resources]) -> str:
+    """The table of docs/triton_kernels.md."""
+    lines = [
+        "# Triton kernels, compiled ahead of time",
+        "",
+        "Written by `python -m benchmarks.ahead_of_time`; `tests/test_triton_compiled.py` compiles",
+        "a part of it again. No GPU has run these: the table says what they take of one. Bytes of",
+        "stack are spilled registers.",
+        "",
+        f"Triton {triton.__version__}.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- " * len(COLUMNS) + "|",
+    ]
+    for e, r in found.items():
+        capability = (e.architecture // 10, e.architecture % 10)
+        sizes = launches.launch(e.kernel, e.kind, e.dim, capability, many=e.many)
+        side = "" if e.kernel == "statistics" else (" of rows" if e.rows else " of columns")
+        extras = ", all options" if e.many else ""
+        lines.append(
+            f"| {e.architecture} | {e.kernel}{side}{extras} | {e.kind} | {e.dim} | {e.metric} | "
+            f"{sizes.block} × {sizes.other} | {sizes.warps} | {r.registers} | {r.spilled} | "
+            f"{r.shared / 1024:.0f} | {r.matrix_instructions} | {r.warps_resident} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Compile, and print JSON or write the document."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subset", action="store_true")
+    parser.add_argument("--metric", choices=METRICS, action="append")
+    parser.add_argument("--architecture", type=int, action="append")
+    options = parser.parse_args()
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    if options.subset:
+        found = [(e._asdict(), compiled(e)._asdict()) for e in subset()]
+        print(json.dumps(found))
+        return
+    entries = [
+        e
+        for e in every_entry()
+        if e.metric in (options.metric or METRICS)
+        and e.architecture in (options.architecture or launches.ARCHITECTURES)
+    ]
+    TABLE.write_text(document({e: compiled(e) for e in entries}))
+
+
+if __name__ == "__main__":
+    main()

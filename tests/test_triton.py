@@ -1,0 +1,131 @@
+"""What is Triton's own: splits, wide points, addresses. The conformance suite is the other half.
+
+Runs where kernels run: on a CUDA device, or under TRITON_INTERPRET=1 (tests/variants.py). bfloat16
+is multiplied in float32 there, because the interpreter has no bfloat16 arithmetic: what that shows
+is addresses, masks and the rounding of operands and weights, not a matrix unit's own sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import METRICS, Case, case
+from test_distance_softmax import GRADIENTS, VALUES, evaluate
+from tolerances import DTYPES, GRADIENT_FLOOR, VALUE_FLOOR, assert_within_budget, relative_error
+from torch import Tensor
+from variants import Variant, active, variants
+
+import fastcontrast as fc
+from fastcontrast.backends.triton import INTERPRETED
+
+TRITON = next(v for v in variants("distance_softmax") if v.backend == "triton")
+pytestmark = pytest.mark.skipif(TRITON.skip_reason is not None, reason=str(TRITON.skip_reason))
+
+
+@pytest.fixture(autouse=True)
+def _on_triton() -> Iterator[None]:
+    with active(TRITON):
+        yield
+
+
+def assert_conforms(c: Case, dtype: torch.dtype, metric: str, layout: str = "contiguous") -> None:
+    truth = evaluate(c, torch.float64, metric, "reference")
+    eager = evaluate(c, dtype, metric, "reference")
+    result = evaluate(c, dtype, metric, "triton", layout)
+    for names, floor in ((VALUES, VALUE_FLOOR[dtype]), (GRADIENTS, GRADIENT_FLOOR[dtype])):
+        for name in names:
+            assert_within_budget(name, result[name], truth[name], eager[name], floor)
+    assert torch.equal(result["count"], truth["count"])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_splits_of_the_other_side(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few owners: several programs share the other side, and their parts are merged."""
+    from fastcontrast.backends.triton import distance_softmax as module
+
+    monkeypatch.setattr(module, "PROGRAMS_PER_PROCESSOR", 1000)
+    monkeypatch.setattr(module, "TILES_PER_SPLIT", 1)
+    assert_conforms(case("ragged", "different and diagonal", torch.float32), torch.float32, metric)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("mask", ["two excluded", "same"])
+def test_wide_points(
+    mask: str, metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of large D, on few dimensions, so that every shape of block occurs."""
+    from fastcontrast.backends.triton import launch, wide
+
+    monkeypatch.setattr(launch, "LARGEST_FUSED", 0)
+    monkeypatch.setattr(wide, "BLOCK_SCORES", 131 * 24)  # three blocks of rows
+    assert_conforms(case("ragged", mask, dtype), dtype, metric)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_wide_losses(metric: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastcontrast.backends.triton import launch
+
+    x, y = torch.randn(20, 40), torch.randn(30, 40)
+    y[3:6] = x[4:7]  # near pairs that are nobody's positives
+    results = []
+    for limit in (0, 256):
+        monkeypatch.setattr(launch, "LARGEST_FUSED", limit)
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+        loss = fc.info_nce_loss(a, b, metric=metric, symmetric=symmetric, backend="triton")
+        results.append([loss, *torch.autograd.grad(loss, [a, b])])
+    for wide, fused in zip(*results, strict=True):
+        assert relative_error(wide, fused) < GRADIENT_FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16x3", "bf16"])
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "dot"])
+def test_gradients_at_lower_precision(metric: str, precision: str) -> None:
+    """Those of the rounded points, up to the rounding of the weights and of the points."""
+    unit = {"tf32": 2.0**-11, "bf16x3": 2.0**-16, "bf16": 2.0**-8}[precision]
+    x, y = torch.randn(30, 24), torch.randn(40, 24)
+    found = []
+    for backend, chosen in (("triton", precision), ("reference", "ieee")):
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+        r = fc.distance_softmax(a, b, metric=metric, precision=chosen, backend=backend)
+        found.append(torch.autograd.grad((r.lse + 0.3 * r.entropy).sum(), [a, b]))
+    # A score of size s moves by s·unit, and s reaches 60 for squares and products.
+    limit = unit * (10 if metric == "l2" else 60)
+    for mine, true in zip(*found, strict=True):
+        assert relative_error(mine, true) < limit
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced"])
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_strides_of_half_points(metric: str, layout: str) -> None:
+    """Half points are read where they lie, unless their columns are apart."""
+    c = case("ragged", "all", torch.float16)
+    assert_conforms(c, torch.float16, metric, layout)
+
+
+def test_an_offset_of_half_points_cancels() -> None:
+    x = (0.2 * torch.randn(30, 16) + 30).half()
+    y = (0.2 * torch.randn(40, 16) + 30).half()
+    gradients: list[Tensor] = []
+    for a, b, backend in ((x, y, "triton"), (x.double(), y.double(), "reference")):
+        a.requires_grad_()
+        loss = fc.info_nce_loss(a, b, temperature=0.1, backend=backend)
+        gradients.append(torch.autograd.grad(1024 * loss, a)[0])
+    assert relative_error(*gradients) < torch.finfo(torch.float16).eps
+
+
+def test_a_row_stride_beyond_32_bits() -> None:
+    if not INTERPRETED:
+        pytest.skip("a carried storage keeps its size, but strides are read there as they are here")
+    x = torch.zeros(8).as_strided((1, 4), (2**33, 1))
+    lse = fc.distance_softmax(x, torch.ones(3, 4), backend="triton").lse
+    assert lse.item() == pytest.approx(-2 + math.log(3), abs=1e-5)
+
+
+def test_the_variant_is_the_one_that_runs() -> None:
+    assert isinstance(TRITON, Variant)
+    assert TRITON.device == ("cpu" if INTERPRETED else "cuda")

@@ -1,0 +1,92 @@
+"""The Triton kernels compiled for GPUs that are not here: they fit, and they do not spill.
+
+What the interpreter cannot see: sizes that a matrix unit does not take, registers, shared memory,
+and whether the matrix units are used at all. `python -m benchmarks.ahead_of_time` does it for every
+entry of the launch table and writes docs/triton_kernels.md; here a part of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastcontrast.backends import triton
+from fastcontrast.backends.triton import launch as launches
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def compiled_subset() -> list[tuple[dict[str, Any], dict[str, int]]]:
+    """Entries and what they take; in a process of its own, which does not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.ahead_of_time", "--subset"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [tuple(pair) for pair in json.loads(done.stdout)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton.IMPORT_PROBLEM is not None, reason=str(triton.IMPORT_PROBLEM))
+@pytest.mark.skipif(triton.INTERPRETED, reason="the interpreter's run does not compile")
+class TestCompiled:
+    def test_nothing_spills_and_all_fits(self) -> None:
+        for entry, resources in compiled_subset():
+            limit = 99 << 10 if entry["architecture"] == 80 else 227 << 10
+            assert resources["spilled"] == 0, (entry, resources)
+            assert resources["shared"] <= limit, (entry, resources)
+            assert resources["warps_resident"] >= 4, (entry, resources)
+
+    def test_matrix_units_are_used(self) -> None:
+        """All but float32 in full, for which there are none."""
+        for entry, resources in compiled_subset():
+            used = resources["matrix_instructions"] > 0
+            assert used == (entry["kind"] != "ieee"), (entry, resources)
+
+    def test_tiles_are_loaded_ahead(self) -> None:
+        """A branch for near pairs must not keep the loop from being pipelined."""
+        for entry, resources in compiled_subset():
+            if entry["kind"] in ("bfloat16", "float16"):
+                assert resources["asynchronous_copies"] > 0, (entry, resources)
+
+    def test_the_document_has_these_figures(self) -> None:
+        text = (ROOT / "docs" / "triton_kernels.md").read_text()
+        import triton as library
+
+        if f"Triton {library.__version__}." not in text:
+            pytest.skip("docs/triton_kernels.md was written with another Triton")
+        for e, r in compiled_subset():
+            wanted = f"| {r['registers']} | {r['spilled']} | {r['shared'] / 1024:.0f} |"
+            lines = [
+                line
+                for line in text.splitlines()
+                if line.startswith(f"| {e['architecture']} | {e['kernel']}")
+                and f"| {e['kind']} | {e['dim']} | {e['metric']} |" in line
+            ]
+            assert any(wanted in line for line in lines), (e, wanted)
+
+
+def test_the_launch_table_is_whole() -> None:
+    """Needs no Triton: every call finds an entry, with sizes that the kernels take."""
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
+        for kernel in launches.KERNELS:
+            for kind in launches.KINDS:
+                for dim in (1, 16, 33, 128, 129, launches.LARGEST_FUSED):
+                    for many in (False, True):
+                        sizes = launches.launch(kernel, kind, dim, capability, many=many)
+                        assert sizes.block & (sizes.block - 1) == 0
+                        assert min(sizes.block, sizes.other) >= 16
+                        warp_groups = -(-sizes.warps // 4)
+                        if capability == (9, 0) and kind not in ("ieee", "float64"):
+                            assert sizes.block >= 64 * warp_groups  # or WGMMA is lost
+    with pytest.raises(ValueError, match="dim must be at most 256, got 257"):
+        launches.dimension_class(257)
