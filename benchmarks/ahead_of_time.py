@@ -2,6 +2,7 @@
 
     python -m benchmarks.ahead_of_time            every entry of the table: docs/triton_kernels.md
     python -m benchmarks.ahead_of_time --subset   the part that the tests check, as JSON
+    python -m benchmarks.ahead_of_time --subset --document    the document of that part alone
 
 Triton brings its own assembler, so no GPU, driver or CUDA toolkit is needed. Run without
 TRITON_INTERPRET. Results are kept in Triton's own cache: a second run takes seconds.
@@ -198,7 +199,7 @@ def document(found: dict[Entry, Resources]) -> str:
         "",
         "Written by `python -m benchmarks.ahead_of_time`; `tests/test_triton_compiled.py` compiles",
         "a part of it again. No GPU has run these: the table says what they take of one. Bytes of",
-        "stack are spilled registers.",
+        "stack are spilled registers. Entries that are not here were not compiled for it.",
         "",
         f"Triton {triton.__version__}.",
         "",
@@ -222,13 +223,17 @@ def main() -> None:
     """Compile, and print JSON or write the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subset", action="store_true")
+    parser.add_argument("--document", action="store_true", help="with --subset: write it too")
     parser.add_argument("--metric", choices=METRICS, action="append")
     parser.add_argument("--architecture", type=int, action="append")
     options = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if options.subset:
-        found = [(e._asdict(), compiled(e)._asdict()) for e in subset()]
-        print(json.dumps(found))
+        results = {e: compiled(e) for e in subset()}
+        if options.document:
+            TABLE.write_text(document(results))
+        else:
+            print(json.dumps([(e._asdict(), r._asdict()) for e, r in results.items()]))
         return
     entries = [
         e
