@@ -89,7 +89,8 @@ def test_the_launch_table_is_whole() -> None:
                         assert sizes.block & (sizes.block - 1) == 0
                         assert min(sizes.block, sizes.other) >= 16
                         warp_groups = -(-sizes.warps // 4)
-                        if capability == (9, 0) and kind not in ("ieee", "float64"):
+                        # bf16x3: two warp groups share 64 rows and part their columns.
+                        if capability == (9, 0) and kind not in ("ieee", "float64", "bf16x3"):
                             assert sizes.block >= 64 * warp_groups  # or WGMMA is lost
     with pytest.raises(ValueError, match="dim must be at most 256, got 257"):
         launches.dimension_class(257)
