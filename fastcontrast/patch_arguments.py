@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Generator, Tensor
@@ -208,21 +209,26 @@ def _per_channel(name: str, values: float | Sequence[float] | None, channels: in
     if values is None:
         return []
     numbers = [values] if isinstance(values, (int, float)) else values
-    if not isinstance(numbers, (tuple, list)) or any(
-        not isinstance(v, (int, float)) or isinstance(v, bool) for v in numbers
-    ):
-        raise TypeError(
-            f"{name} must be a number or a list of {channels} numbers, one per channel, "
-            f"got {values!r}"
-        )
+    if not isinstance(numbers, (tuple, list)):
+        _refuse_numbers(name, values, channels)
+    for number in numbers:
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            _refuse_numbers(name, values, channels)
     if numbers is values and len(numbers) != channels:
         raise ValueError(
             f"{name} must have one number or one per channel of the images, {channels}, "
             f"got {len(numbers)}"
         )
-    if not all(math.isfinite(v) for v in numbers):
-        raise ValueError(f"{name} must be finite, got {values}")
-    return [float(v) for v in numbers]
+    for number in numbers:
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {values}")
+    return [float(number) for number in numbers]
+
+
+def _refuse_numbers(name: str, values: object, channels: int) -> NoReturn:
+    raise TypeError(
+        f"{name} must be a number or a list of {channels} numbers, one per channel, got {values!r}"
+    )
 
 
 def check_out(out: Tensor, images: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -13,9 +13,7 @@
 
 #include <string.h>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "cpu/pixel_rows.h"
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -24,19 +22,6 @@ namespace fastcontrast {
 namespace cpu {
 namespace FASTCONTRAST_ISA {
 namespace {
-
-// Direction of a walk along columns. The two unit strides get loops of their own: the compiler
-// knows the stride and loads whole vectors, reversed for `backward`.
-enum class Stride { any, forward, backward };
-
-FC_INLINE Stride stride_kind(int64_t step) {
-  return step == 1 ? Stride::forward : step == -1 ? Stride::backward : Stride::any;
-}
-
-template <Stride kind>
-FC_INLINE int64_t stride_value(int64_t step) {
-  return kind == Stride::forward ? 1 : kind == Stride::backward ? -1 : step;
-}
 
 // What the walk of one patch through one plane needs.
 struct Plane {
@@ -56,103 +41,24 @@ FC_INLINE Plane plane_of(const PatchSet& set, int64_t patch, int64_t row_stride,
   return plane;
 }
 
-template <Stride kind, typename In, typename Out, typename T>
-FC_INLINE void map_row(const In* __restrict in, int64_t step, Out* __restrict out, int64_t width,
-                       T a, T b) {
-#pragma omp simd
-  for (int64_t x = 0; x < width; ++x) {
-    narrow(a * (T)widen(in[x * stride_value<kind>(step)]) + b, &out[x]);
-  }
-}
-
-#if defined(__AVX2__)
-// Bytes to floats, the case that most batches of images are, by hand: compilers choose one length
-// of vector for bytes and floats alike, and leave patches of 16 to 63 pixels to scalar code.
-#if defined(__AVX512F__)
-constexpr int BLOCK = 16;
-constexpr __mmask16 ALL = 0xFFFF;  // the unmasked forms draw a false warning from GCC 12
-FC_INLINE void map_block(__m128i bytes, float* out, float a, float b) {
-  const __m512 floats = _mm512_maskz_cvtepi32_ps(ALL, _mm512_maskz_cvtepu8_epi32(ALL, bytes));
-  _mm512_storeu_ps(out, _mm512_fmadd_ps(floats, _mm512_set1_ps(a), _mm512_set1_ps(b)));
-}
-FC_INLINE __m128i load_block(const uint8_t* in) { return _mm_loadu_si128((const __m128i*)in); }
-FC_INLINE __m128i reversed_bytes(__m128i bytes) {
-  return _mm_shuffle_epi8(bytes,
-                          _mm_setr_epi8(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-}
-#else
-constexpr int BLOCK = 8;
-FC_INLINE void map_block(__m128i bytes, float* out, float a, float b) {
-  const __m256 floats = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
-  _mm256_storeu_ps(out, _mm256_fmadd_ps(floats, _mm256_set1_ps(a), _mm256_set1_ps(b)));
-}
-FC_INLINE __m128i load_block(const uint8_t* in) { return _mm_loadl_epi64((const __m128i*)in); }
-FC_INLINE __m128i reversed_bytes(__m128i bytes) {
-  return _mm_shuffle_epi8(bytes,
-                          _mm_setr_epi8(7, 6, 5, 4, 3, 2, 1, 0, -1, -1, -1, -1, -1, -1, -1, -1));
-}
-#endif
-
-// The last block overlaps the one before, so that no pixel is left to scalar code.
-template <Stride kind>
-FC_INLINE void map_row(const uint8_t* __restrict in, int64_t step, float* __restrict out,
-                       int64_t width, float a, float b) {
-  if (kind == Stride::any || width < BLOCK) {
-    return map_row<kind, uint8_t, float, float>(in, step, out, width, a, b);
-  }
-  for (int64_t begin = 0; begin < width; begin += BLOCK) {
-    const int64_t x = begin + BLOCK <= width ? begin : width - BLOCK;
-    if (kind == Stride::forward) {
-      map_block(load_block(in + x), out + x, a, b);
-    } else {
-      map_block(reversed_bytes(load_block(in - x - (BLOCK - 1))), out + x, a, b);
-    }
-  }
-}
-#endif
-
-template <Stride kind, typename In, typename Out, typename T>
-void map_plane(const Plane& plane, const In* images, Out* out, T a, T b) {
+// One plane (b, k, c) of the output. `next` is the plane that follows: its rows are fetched on the
+// way, because a row of a patch is too short for the processor to see the walk coming.
+template <bool copies, bool stream, Stride kind, typename In, typename Out, typename T>
+void cut_plane(const Plane& plane, const In* in, const Plane& next, const In* next_in, Out* out,
+               T a, T b) {
+  const In* row = in + plane.rows.first + plane.columns.first;
+  const In* next_row = next_in + next.rows.first + next.columns.first;
   for (int64_t y = 0; y < plane.height; ++y) {
-    map_row<kind>(images + plane.rows.first + y * plane.rows.step + plane.columns.first,
-                  plane.columns.step, out + y * plane.width, plane.width, a, b);
-  }
-}
-
-// Copy of bits; T is an unsigned integer of the element's size.
-template <Stride kind, typename T>
-void copy_plane(const Plane& plane, const T* images, T* out) {
-  const int64_t step = stride_value<kind>(plane.columns.step);
-  const int64_t width = plane.width;
-  for (int64_t y = 0; y < plane.height; ++y) {
-    const T* __restrict in = images + plane.rows.first + y * plane.rows.step + plane.columns.first;
-    T* __restrict row = out + y * width;
-    if (kind == Stride::forward) {
-      memcpy(row, in, width * sizeof(T));
+    prefetch(next_row);
+    if constexpr (copies) {
+      copy_row<kind, stream>(row, plane.columns.step, out, plane.width);
     } else {
-#pragma omp simd
-      for (int64_t x = 0; x < width; ++x) row[x] = in[x * step];
+      map_row<kind, stream>(row, plane.columns.step, out, plane.width, a, b);
     }
+    row += plane.rows.step;
+    next_row += next.rows.step;
+    out += plane.width;
   }
-}
-
-template <typename In, typename Out>
-FC_INLINE void map_patch(const Plane& plane, const In* images, Out* out, double scale,
-                         double offset) {
-  using T = typename Arithmetic<In, Out>::type;
-  const T a = (T)scale, b = (T)offset;
-  const Stride kind = stride_kind(plane.columns.step);
-  if (kind == Stride::forward) return map_plane<Stride::forward>(plane, images, out, a, b);
-  if (kind == Stride::backward) return map_plane<Stride::backward>(plane, images, out, a, b);
-  map_plane<Stride::any>(plane, images, out, a, b);
-}
-
-template <typename T>
-FC_INLINE void copy_patch(const Plane& plane, const T* images, T* out) {
-  const Stride kind = stride_kind(plane.columns.step);
-  if (kind == Stride::forward) return copy_plane<Stride::forward>(plane, images, out);
-  if (kind == Stride::backward) return copy_plane<Stride::backward>(plane, images, out);
-  copy_plane<Stride::any>(plane, images, out);
 }
 
 FC_INLINE double channel_value(const double* values, int64_t count, int64_t channel,
@@ -161,26 +67,55 @@ FC_INLINE double channel_value(const double* values, int64_t count, int64_t chan
 }
 
 // Every plane (b, k, c) of the output; `In` and `Out` are bits of equal size where `copies`.
-template <bool copies, typename In, typename Out>
-bool cut(const PatchSet& set, const Images& images, void* out) {
+template <bool copies, bool stream, typename In, typename Out>
+void cut_planes(const PatchSet& set, const Images& images, Out* out) {
+  using T = typename Arithmetic<In, Out>::type;
   const In* source = static_cast<const In*>(images.data);
-  Out* target = static_cast<Out*>(out);
   const int64_t planes = set.batch * set.num_patches * set.channels;
   const int64_t plane_size = set.height * set.width;
-#pragma omp parallel for num_threads(set.threads) if (set.threads > 1) schedule(static)
-  for (int64_t p = 0; p < planes; ++p) {
-    const int64_t patch = p / set.channels;
-    const int64_t channel = p - patch * set.channels;
-    const int64_t image = patch / set.num_patches;
-    const Plane plane = plane_of(set, patch, images.stride[2], images.stride[3]);
-    const In* in = source + image * images.stride[0] + channel * images.stride[1];
-    if constexpr (copies) {
-      copy_patch(plane, in, target + p * plane_size);
-    } else {
-      map_patch(plane, in, target + p * plane_size,
-                channel_value(set.scale, set.scale_count, channel, 1.0),
-                channel_value(set.offset, set.offset_count, channel, -0.0));
+#pragma omp parallel num_threads(set.threads) if (set.threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < planes; ++p) {
+      const int64_t patch = p / set.channels;
+      const int64_t channel = p - patch * set.channels;
+      const Plane plane = plane_of(set, patch, images.stride[2], images.stride[3]);
+      const In* in = source + patch / set.num_patches * images.stride[0];
+      const In* next_in = in;
+      Plane next = plane;
+      if (channel + 1 < set.channels) {
+        next_in += images.stride[1] * (channel + 1);
+      } else if (p + 1 < planes) {
+        next = plane_of(set, patch + 1, images.stride[2], images.stride[3]);
+        next_in = source + (patch + 1) / set.num_patches * images.stride[0];
+      }
+      in += channel * images.stride[1];
+      const T a = (T)channel_value(set.scale, set.scale_count, channel, 1.0);
+      const T b = (T)channel_value(set.offset, set.offset_count, channel, -0.0);
+      Out* target = out + p * plane_size;
+      switch (stride_kind(plane.columns.step)) {
+        case Stride::forward:
+          cut_plane<copies, stream, Stride::forward>(plane, in, next, next_in, target, a, b);
+          break;
+        case Stride::backward:
+          cut_plane<copies, stream, Stride::backward>(plane, in, next, next_in, target, a, b);
+          break;
+        default:
+          cut_plane<copies, false, Stride::any>(plane, in, next, next_in, target, a, b);
+      }
     }
+    if (stream) end_streams();
+  }
+}
+
+template <bool copies, typename In, typename Out>
+bool cut(const PatchSet& set, const Images& images, void* out) {
+  Out* target = static_cast<Out*>(out);
+  const int64_t elements = set.batch * set.num_patches * set.channels * set.height * set.width;
+  if ((copies || HasLanes<Out>::value) && streams(target, elements, set.width)) {
+    cut_planes<copies, true, In>(set, images, target);
+  } else {
+    cut_planes<copies, false, In>(set, images, target);
   }
   return true;
 }
@@ -218,13 +153,11 @@ bool copy_bits(const PatchSet& set, const Images& images, void* out) {
 
 template <Stride kind, typename G, typename T>
 void add_plane(const Plane& plane, const G* grad, T* sums, int64_t sums_stride) {
-  const int64_t step = stride_value<kind>(plane.columns.step);
-  const int64_t width = plane.width;
+  const G* in = grad + plane.rows.first + plane.columns.first;
   for (int64_t y = 0; y < plane.height; ++y) {
-    const G* __restrict in = grad + plane.rows.first + y * plane.rows.step + plane.columns.first;
-    T* __restrict row = sums + y * sums_stride;
-#pragma omp simd
-    for (int64_t x = 0; x < width; ++x) row[x] += (T)widen(in[x * step]);
+    add_row<kind>(in, plane.columns.step, sums, plane.width);
+    in += plane.rows.step;
+    sums += sums_stride;
   }
 }
 
@@ -258,29 +191,62 @@ FC_INLINE int thread_number() {
 #endif
 }
 
+// Rows of the image that the patches of one image reach, half-open.
+struct Rows {
+  int64_t begin, end;
+};
+
+FC_INLINE Rows covered_rows(const PatchSet& set, int64_t image) {
+  Rows rows{set.image_height, 0};
+  for (int64_t k = 0; k < set.num_patches; ++k) {
+    const int64_t y0 = set.coords[image * set.num_patches + k].y0;
+    if (y0 < rows.begin) rows.begin = y0;
+    if (y0 + set.height > rows.end) rows.end = y0 + set.height;
+  }
+  return rows.begin < rows.end ? rows : Rows{0, 0};
+}
+
+// A plane is summed in `scratch`, which stays in cache, and written once.
+template <bool stream, typename G, typename I, typename T>
+void gather_planes(const PatchSet& set, const PatchGradient& grad, I* grad_images, T* scratch) {
+  const G* source = static_cast<const G*>(grad.data);
+  const int64_t width = set.image_width;
+  const int64_t plane_size = set.image_height * width;
+#pragma omp parallel num_threads(set.threads) if (set.threads > 1)
+  {
+    T* sums = scratch + thread_number() * plane_size;
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < set.batch * set.channels; ++p) {
+      const int64_t image = p / set.channels;
+      const int64_t channel = p - image * set.channels;
+      const Rows rows = covered_rows(set, image);
+      const int64_t begin = rows.begin * width, count = (rows.end - rows.begin) * width;
+      memset(sums + begin, 0, count * sizeof(T));
+      for (int64_t k = 0; k < set.num_patches; ++k) {
+        const G* values =
+            source + image * grad.stride[0] + k * grad.stride[1] + channel * grad.stride[2];
+        add_patch(set, grad, image * set.num_patches + k, values, sums);
+      }
+      const T a = (T)channel_value(set.scale, set.scale_count, channel, 1.0);
+      I* target = grad_images + p * plane_size;
+      zero_row<stream>(target, begin);
+      map_row<Stride::forward, stream>(sums + begin, 1, target + begin, count, a, (T)-0.0);
+      zero_row<stream>(target + begin + count, plane_size - begin - count);
+    }
+    if (stream) end_streams();
+  }
+}
+
 template <typename G, typename I>
 bool gather(const PatchSet& set, const PatchGradient& grad, void* grad_images, void* scratch) {
   using T = typename Arithmetic<G, I>::type;
-  const G* source = static_cast<const G*>(grad.data);
-  const int64_t plane_size = set.image_height * set.image_width;
-#pragma omp parallel for num_threads(set.threads) if (set.threads > 1) schedule(static)
-  for (int64_t p = 0; p < set.batch * set.channels; ++p) {
-    const int64_t image = p / set.channels;
-    const int64_t channel = p - image * set.channels;
-    I* target = static_cast<I*>(grad_images) + p * plane_size;
-    T* sums = scratch ? static_cast<T*>(scratch) + thread_number() * plane_size
-                      : reinterpret_cast<T*>(target);
-    memset(sums, 0, plane_size * sizeof(T));
-    for (int64_t k = 0; k < set.num_patches; ++k) {
-      const G* values =
-          source + image * grad.stride[0] + k * grad.stride[1] + channel * grad.stride[2];
-      add_patch(set, grad, image * set.num_patches + k, values, sums);
-    }
-    if (!scratch && !set.scale) continue;
-    const T a = (T)channel_value(set.scale, set.scale_count, channel, 1.0);
-    // Without scratch the two are one array, which `simd` allows: element i depends on i alone.
-#pragma omp simd
-    for (int64_t i = 0; i < plane_size; ++i) narrow(a * sums[i], &target[i]);
+  I* target = static_cast<I*>(grad_images);
+  T* sums = static_cast<T*>(scratch);
+  const int64_t elements = set.batch * set.channels * set.image_height * set.image_width;
+  if (HasLanes<I>::value && streams(target, elements, set.image_width)) {
+    gather_planes<true, G>(set, grad, target, sums);
+  } else {
+    gather_planes<false, G>(set, grad, target, sums);
   }
   return true;
 }
@@ -336,32 +302,6 @@ bool extract_patches_backward(const PatchSet& set, const PatchGradient& grad, vo
     default:
       return false;
   }
-}
-
-void sample_coords(const CropDraws& draws) {
-  for (int64_t image = 0; image < draws.batch; ++image) {
-    const uint64_t id = draws.sample_ids ? (uint64_t)draws.sample_ids[image] : (uint64_t)image;
-    for (int64_t k = 0; k < draws.num_patches; ++k) {
-      const PhiloxBlock words = crop_words(draws.seed, draws.step, 0, id, (uint32_t)k);
-      const int64_t patch = image * draws.num_patches + k;
-      draws.coords[patch] =
-          Box{uniform_below(words.word[0], draws.y_range),
-              uniform_below(words.word[1], draws.x_range), draws.height, draws.width};
-      draws.flips[patch] = (uint8_t)((words.word[2] < draws.hflip_threshold ? FLIP_HORIZONTAL : 0) |
-                                     (words.word[3] < draws.vflip_threshold ? FLIP_VERTICAL : 0));
-    }
-  }
-}
-
-int64_t first_invalid_box(const Box* coords, int64_t count, int64_t image_height,
-                          int64_t image_width, int64_t height, int64_t width) {
-  for (int64_t i = 0; i < count; ++i) {
-    const Box box = coords[i];
-    if (!inside(box, image_height, image_width) || box.height != height || box.width != width) {
-      return i;
-    }
-  }
-  return -1;
 }
 
 }  // namespace FASTCONTRAST_ISA

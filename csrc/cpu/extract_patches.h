@@ -60,8 +60,7 @@ struct PatchGradient {
 // Both return false for a pair of element types without a kernel.
 FASTCONTRAST_DECLARE(bool extract_patches_forward(const PatchSet&, const Images&, void* out,
                                                   Scalar out_type))
-// `sums` is [threads, image_height, image_width] in the type of arithmetic, or null where the
-// gradient has that type itself.
+// `sums` is room for [threads, image_height, image_width] in the type of arithmetic.
 FASTCONTRAST_DECLARE(bool extract_patches_backward(const PatchSet&, const PatchGradient&,
                                                    void* grad_images, Scalar image_type,
                                                    void* sums))

@@ -98,9 +98,7 @@ def extract_patches_backward(
     threads = _threads(grad.numel() + grad_images.numel())
     double = torch.float64 in (grad.dtype, grad_images.dtype)
     sum_dtype = torch.float64 if double else torch.float32
-    sums = None
-    if grad_images.dtype != sum_dtype:
-        sums = grad_images.new_empty(threads, *grad_images.shape[2:], dtype=sum_dtype)
+    sums = grad_images.new_empty(threads, *grad_images.shape[2:], dtype=sum_dtype)
     _C.extract_patches_backward(
         **_patch_set(grad_images.shape, coords, flips, grad.shape, scale, threads),
         grad=grad.data_ptr(),
@@ -108,7 +106,7 @@ def extract_patches_backward(
         grad_strides=grad.stride(),
         grad_images=grad_images.data_ptr(),
         image_type=SCALARS[grad_images.dtype],
-        sums=_address(sums),
+        sums=sums.data_ptr(),
     )
 
 
