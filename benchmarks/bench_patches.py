@@ -69,7 +69,7 @@ def libraries(x: Tensor, k: int, p: int) -> dict[str, Callable[[], Any]]:
     for reason in filter(None, reasons.values()):
         print(reason)
     if reasons["torchvision"] is None:
-        v2 = import_v2()
+        v2 = torchvision_transforms()
         one = v2.Compose(
             [v2.RandomCrop(p), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
         )
@@ -85,7 +85,7 @@ def libraries(x: Tensor, k: int, p: int) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def import_v2() -> Any:
+def torchvision_transforms() -> Any:
     image_libraries.torchvision()
     from torchvision.transforms import v2
 

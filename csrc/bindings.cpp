@@ -193,9 +193,10 @@ void small_softmax_loss(Address x, Address y, std::int64_t rows, std::int64_t co
 }
 
 // Boxes, sizes and the channels' affine map, from the keyword arguments that forward and backward
-// of `extract_patches` share. `scale` and `offset` own what the set points to.
-cpu::PatchSet patch_set_from(const py::kwargs& a, const std::vector<double>& scale,
-                             const std::vector<double>& offset) {
+// of `extract_patches` share. The vectors own what the set points to.
+cpu::PatchSet patch_set_from(const py::kwargs& a, const std::vector<double>& scale = {},
+                             const std::vector<double>& offset = {},
+                             const std::vector<double>& fill = {}) {
   cpu::PatchSet set;
   set.coords = at<const fastcontrast::Box>(a["coords"].cast<Address>());
   set.flips = at<const std::uint8_t>(a["flips"].cast<Address>());
@@ -210,6 +211,11 @@ cpu::PatchSet patch_set_from(const py::kwargs& a, const std::vector<double>& sca
   set.scale_count = static_cast<std::int64_t>(scale.size());
   set.offset = offset.empty() ? nullptr : offset.data();
   set.offset_count = static_cast<std::int64_t>(offset.size());
+  set.fill = fill.empty() ? nullptr : fill.data();
+  set.fill_count = static_cast<std::int64_t>(fill.size());
+  set.interpolation = static_cast<cpu::Interpolation>(a["interpolation"].cast<int>());
+  set.antialias = a["antialias"].cast<bool>();
+  set.padding = static_cast<fastcontrast::Padding>(a["padding"].cast<int>());
   set.threads = a["threads"].cast<int>();
   return set;
 }
@@ -217,65 +223,84 @@ cpu::PatchSet patch_set_from(const py::kwargs& a, const std::vector<double>& sca
 void extract_patches_forward(const py::kwargs& a) {
   const auto scale = a["scale"].cast<std::vector<double>>();
   const auto offset = a["offset"].cast<std::vector<double>>();
-  const cpu::PatchSet set = patch_set_from(a, scale, offset);
+  const auto fill = a["fill"].cast<std::vector<double>>();
+  const cpu::PatchSet set = patch_set_from(a, scale, offset, fill);
   cpu::Images images;
   images.data = at<const void>(a["images"].cast<Address>());
   images.type = static_cast<fastcontrast::Scalar>(a["image_type"].cast<int>());
+  images.index = at<const std::int64_t>(a["index"].cast<Address>());
   const auto strides = a["image_strides"].cast<std::array<std::int64_t, 4>>();
   for (int i = 0; i < 4; ++i) images.stride[i] = strides[i];
-  void* out = at<void>(a["out"].cast<Address>());
-  const auto out_type = static_cast<fastcontrast::Scalar>(a["out_type"].cast<int>());
+  cpu::PatchOutput output;
+  output.data = at<void>(a["out"].cast<Address>());
+  output.type = static_cast<fastcontrast::Scalar>(a["out_type"].cast<int>());
+  const auto out_strides = a["out_strides"].cast<std::array<std::int64_t, 3>>();
+  for (int i = 0; i < 3; ++i) output.stride[i] = out_strides[i];
   bool done;
   {
     py::gil_scoped_release release;
-    done = FASTCONTRAST_DISPATCH(extract_patches_forward, set, images, out, out_type);
+    done = FASTCONTRAST_DISPATCH(extract_patches_forward, set, images, output);
   }
-  if (!done) throw std::invalid_argument("no kernel for these dtypes of images and output");
+  if (!done) throw std::bad_alloc();
 }
 
 void extract_patches_backward(const py::kwargs& a) {
   const auto scale = a["scale"].cast<std::vector<double>>();
-  const cpu::PatchSet set = patch_set_from(a, scale, {});
+  const cpu::PatchSet set = patch_set_from(a, scale);
   cpu::PatchGradient grad;
   grad.data = at<const void>(a["grad"].cast<Address>());
   grad.type = static_cast<fastcontrast::Scalar>(a["grad_type"].cast<int>());
   const auto strides = a["grad_strides"].cast<std::array<std::int64_t, 5>>();
   for (int i = 0; i < 5; ++i) grad.stride[i] = strides[i];
-  void* grad_images = at<void>(a["grad_images"].cast<Address>());
-  const auto image_type = static_cast<fastcontrast::Scalar>(a["image_type"].cast<int>());
-  void* sums = at<void>(a["sums"].cast<Address>());
+  cpu::ImageGradient images;
+  images.data = at<void>(a["grad_images"].cast<Address>());
+  images.type = static_cast<fastcontrast::Scalar>(a["image_type"].cast<int>());
+  images.count = a["images"].cast<std::int64_t>();
+  images.order = at<const std::int64_t>(a["order"].cast<Address>());
+  images.starts = at<const std::int64_t>(a["starts"].cast<Address>());
   bool done;
   {
     py::gil_scoped_release release;
-    done =
-        FASTCONTRAST_DISPATCH(extract_patches_backward, set, grad, grad_images, image_type, sums);
+    done = FASTCONTRAST_DISPATCH(extract_patches_backward, set, grad, images);
   }
-  if (!done) throw std::invalid_argument("no kernel for these dtypes of gradient and images");
+  if (!done) throw std::bad_alloc();
 }
 
-void sample_coords(const py::kwargs& a) {
+std::int64_t sample_coords(const py::kwargs& a) {
   cpu::CropDraws draws;
   draws.seed = a["seed"].cast<std::uint64_t>();
   draws.step = a["step"].cast<std::uint64_t>();
   draws.sample_ids = at<const std::int64_t>(a["sample_ids"].cast<Address>());
   draws.batch = a["batch"].cast<std::int64_t>();
   draws.num_patches = a["num_patches"].cast<std::int64_t>();
-  draws.y_range = a["y_range"].cast<std::int32_t>();
-  draws.x_range = a["x_range"].cast<std::int32_t>();
-  draws.height = a["height"].cast<std::int32_t>();
-  draws.width = a["width"].cast<std::int32_t>();
+  draws.first_patch = a["first_patch"].cast<std::uint32_t>();
+  fastcontrast::CropRule& rule = draws.rule;
+  using Pair = std::array<std::int32_t, 2>;
+  const auto image = a["image_size"].cast<Pair>(), size = a["size"].cast<Pair>();
+  const auto padding = a["padding"].cast<Pair>(), grid = a["grid"].cast<Pair>();
+  rule.image_height = image[0], rule.image_width = image[1];
+  rule.height = size[0], rule.width = size[1];
+  rule.pad_y = padding[0], rule.pad_x = padding[1];
+  rule.grid_rows = grid[0], rule.grid_columns = grid[1];
+  const auto area = a["area"].cast<std::array<std::int64_t, 2>>();
+  rule.area_low = area[0], rule.area_range = area[1];
+  rule.row_factors = at<const std::int64_t>(a["row_factors"].cast<Address>());
+  rule.column_factors = at<const std::int64_t>(a["column_factors"].cast<Address>());
+  const auto limits = a["limits"].cast<std::array<std::int64_t, 3>>();
+  for (int i = 0; i < 3; ++i) rule.limits[i] = limits[i];
+  rule.min_distance = a["min_distance"].cast<std::int64_t>();
+  rule.max_iou = a["max_iou"].cast<std::int64_t>();
   draws.hflip_threshold = a["hflip_threshold"].cast<std::uint64_t>();
   draws.vflip_threshold = a["vflip_threshold"].cast<std::uint64_t>();
   draws.coords = at<fastcontrast::Box>(a["coords"].cast<Address>());
   draws.flips = at<std::uint8_t>(a["flips"].cast<Address>());
   py::gil_scoped_release release;
-  FASTCONTRAST_DISPATCH(sample_coords, draws);
+  return FASTCONTRAST_DISPATCH(sample_coords, draws);
 }
 
-std::int64_t first_invalid_box(Address coords, std::int64_t count, std::int64_t image_height,
-                               std::int64_t image_width, std::int64_t height, std::int64_t width) {
-  return FASTCONTRAST_DISPATCH(first_invalid_box, at<const fastcontrast::Box>(coords), count,
-                               image_height, image_width, height, width);
+std::int64_t first_invalid_box(const py::kwargs& a) {
+  const cpu::PatchSet set = patch_set_from(a);
+  return FASTCONTRAST_DISPATCH(first_invalid_box, set);
 }
 
 using Addresses = std::array<Address, 3>;

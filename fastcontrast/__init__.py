@@ -21,13 +21,10 @@ from fastcontrast.losses import (
 from fastcontrast.ops.distance_softmax import RowStatistics, distance_softmax
 from fastcontrast.ops.nearest import Nearest, nearest
 from fastcontrast.ops.triplet_distances import TripletDistances, triplet_distances
-from fastcontrast.patches import (
-    Patches,
-    RandomPatches,
-    extract_patches,
-    random_patches,
-    sample_coords,
-)
+from fastcontrast.patch_draws import sample_coords
+from fastcontrast.patch_modules import MultiCrop, PatchPair, RandomPatches
+from fastcontrast.patch_records import Patches
+from fastcontrast.patches import extract_patches, random_patches
 from fastcontrast.retrieval import (
     alignment,
     knn_classify,
@@ -43,7 +40,9 @@ if TYPE_CHECKING:
 __all__ = [
     "InfoNCELoss",
     "MetricEmbeddingLoss",
+    "MultiCrop",
     "Nearest",
+    "PatchPair",
     "Patches",
     "RandomPatches",
     "RowStatistics",

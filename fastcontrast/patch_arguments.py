@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Generator, Tensor
 
+from fastcontrast.backends.patch_sets import PADDING_MODES
 from fastcontrast.ops.extract_patches import PATCH_BITS, check_step
 
 IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -89,6 +90,15 @@ def check_num_patches(num_patches: int) -> None:
         )
 
 
+def check_index(index: Tensor | None, images: Tensor) -> None:
+    """Raise unless ``index`` is None or [B] int64; the op checks its values."""
+    if index is None:
+        return
+    check_tensor("index", index, torch.int64, "[B]", images.device)
+    if index.dim() != 1:
+        raise ValueError(f"index must have shape [B], got {list(index.shape)}")
+
+
 def check_sample_ids(sample_ids: Tensor | None, batch: int, device: torch.device) -> None:
     """Raise unless ``sample_ids`` is None or [B] int64; the op checks their values."""
     if sample_ids is None:
@@ -117,7 +127,10 @@ def signed_seed(seed: int) -> int:
 
 
 def random_key(
-    seed: int | None, step: int | Tensor, generator: Generator | None, device: torch.device
+    seed: int | Tensor | None,
+    step: int | Tensor,
+    generator: Generator | None,
+    device: torch.device,
 ) -> tuple[Tensor | None, int, int]:
     """(seed, step) as a tensor ``key`` where a tensor must hold them, else as two numbers."""
     compiling = torch.compiler.is_compiling()
@@ -131,18 +144,12 @@ def random_key(
     elif seed is None:
         seed_value = _drawn_seed(None)
         seed_value = seed_value if compiling else int(seed_value)
+    elif isinstance(seed, Tensor):
+        seed_value = _number("seed", seed, device)
     else:
         seed_value = signed_seed(seed)
     if isinstance(step, Tensor):
-        if step.dtype != torch.int64 or step.dim() != 0:
-            raise TypeError(
-                "step must be an int or an int64 tensor without axes, "
-                f"got {step.dtype} of shape {list(step.shape)}"
-            )
-        if step.device.type == "cpu" and not compiling:
-            step = int(step)
-        elif step.device != device:
-            raise ValueError(f"step must be on {device} with the images, got {step.device}")
+        step = _number("step", step, device)
     elif not isinstance(step, int) or isinstance(step, bool):
         raise TypeError(f"step must be an int, got {type(step).__name__}")
     if not isinstance(step, Tensor):
@@ -155,6 +162,20 @@ def random_key(
         for part in (seed_value, step)
     ]
     return torch.stack(parts), 0, 0
+
+
+def _number(name: str, value: Tensor, device: torch.device) -> int | Tensor:
+    """The number in an int64 tensor, where reading it does not wait for a device."""
+    if value.dtype != torch.int64 or value.dim() != 0:
+        raise TypeError(
+            f"{name} must be an int or an int64 tensor without axes, "
+            f"got {value.dtype} of shape {list(value.shape)}"
+        )
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        return int(value)
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} with the images, got {value.device}")
+    return value
 
 
 def _drawn_seed(generator: Generator | None) -> Tensor:
@@ -231,17 +252,24 @@ def _refuse_numbers(name: str, values: object, channels: int) -> NoReturn:
     )
 
 
-def check_out(out: Tensor, images: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise unless the patches can be written to ``out`` with nobody else noticing."""
+def check_out(
+    out: Tensor, images: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout
+) -> Tensor:
+    """``out`` as [B, K, C, h, w], once the patches can be written with nobody else noticing."""
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")
     if out.dtype != dtype:
         raise TypeError(f"out must have dtype {dtype} (or pass dtype=), got {out.dtype}")
     if out.device != images.device:
         raise ValueError(f"out must be on {images.device} with the images, got {out.device}")
-    if tuple(out.shape) != tuple(shape):
-        raise ValueError(f"out must have shape {list(shape)}, got {list(out.shape)}")
-    if not out.is_contiguous():
+    wanted = layout.shown(shape)
+    if tuple(out.shape) != wanted:
+        raise ValueError(f"out must have shape {list(wanted)}, got {list(out.shape)}")
+    out = out.permute(0, 1, 4, 2, 3) if layout.nhwc else out
+    if layout.channels_last:
+        if not out.permute(0, 1, 3, 4, 2).is_contiguous():
+            raise ValueError(f"out must have channels last in memory, got strides {out.stride()}")
+    elif not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     if torch.is_grad_enabled() and (images.requires_grad or out.requires_grad):
         name = "images" if images.requires_grad else "out"
@@ -249,6 +277,64 @@ def check_out(out: Tensor, images: Tensor, shape: tuple[int, ...], dtype: torch.
             f"out cannot be used where {name} requires a gradient; use torch.no_grad()"
         )
     check_apart(out, {"images": images})
+    return out
+
+
+class Layout(NamedTuple):
+    """Order of the result's axes and of its memory."""
+
+    nhwc: bool
+    channels_last: bool
+
+    def shown(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape [B, K, C, h, w] as the user sees it."""
+        b, k, c, h, w = shape
+        return (b, k, h, w, c) if self.nhwc else (b, k, c, h, w)
+
+    def show(self, data: Tensor) -> Tensor:
+        """Patches [B, K, C, h, w] as the user sees them."""
+        return data.permute(0, 1, 3, 4, 2) if self.nhwc else data
+
+
+def check_layout(layout: str, memory_format: torch.memory_format) -> Layout:
+    """Raise unless both are known and do not contradict each other."""
+    if layout not in ("NCHW", "NHWC"):
+        raise ValueError(f"layout must be 'NCHW' or 'NHWC', got {layout!r}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(
+            "memory_format must be torch.contiguous_format or torch.channels_last, "
+            f"got {memory_format}"
+        )
+    nhwc = layout == "NHWC"
+    if nhwc and memory_format == torch.channels_last:
+        raise ValueError("memory_format must be left out with layout='NHWC', which implies it")
+    return Layout(nhwc, nhwc or memory_format == torch.channels_last)
+
+
+def check_interpolation(interpolation: str, antialias: bool) -> str:
+    """Raise unless the op knows the interpolation."""
+    names = ("nearest", "bilinear")
+    if interpolation not in names:
+        raise ValueError(f"interpolation must be one of {', '.join(names)}, got {interpolation!r}")
+    if not isinstance(antialias, bool):
+        raise TypeError(f"antialias must be a bool, got {type(antialias).__name__}")
+    return interpolation
+
+
+def fill_values(images: Tensor, padding_mode: str, fill: float | Sequence[float]) -> list[float]:
+    """The fill value of each channel, or none where nothing is filled or it is 0."""
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(
+            f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}"
+        )
+    values = _per_channel("fill", fill, images.shape[1])
+    if padding_mode != "constant":
+        if any(values):
+            raise ValueError(f"fill needs padding_mode='constant', got {padding_mode!r}")
+        return []
+    if images.dtype == torch.uint8 and any(v != int(v) or not 0 <= v <= 255 for v in values):
+        raise ValueError(f"fill must be an integer from 0 to 255 for uint8 images, got {fill}")
+    return values if any(values) else []
 
 
 def check_apart(out: Tensor, others: dict[str, Tensor | None]) -> None:

@@ -1,52 +1,41 @@
-"""Random patches of images: sample boxes, cut them out, normalise, convert, in one pass.
+"""Random patches of images: sample boxes, cut them out, resize, normalise, convert, in one pass.
 
 :func:`random_patches` does all of it, :func:`sample_coords` the random half and
-:func:`extract_patches` the deterministic half; :class:`RandomPatches` is the module. What users
-pass is checked by ``fastcontrast/patch_arguments.py``; ``fastcontrast/ops/extract_patches.py`` runs
-it.
+:func:`extract_patches` the deterministic half; ``fastcontrast/patch_modules.py`` has the modules.
+What users pass is checked by ``fastcontrast/patch_draws.py`` and ``patch_arguments.py``;
+``fastcontrast/ops/extract_patches.py`` runs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from fastcontrast import backends
+from fastcontrast.backends.patch_sets import Pixels
 from fastcontrast.ops.extract_patches import cut, draw
 from fastcontrast.patch_arguments import (
     affine_map,
     check_apart,
     check_fits,
     check_images,
-    check_num_patches,
+    check_index,
+    check_interpolation,
+    check_layout,
     check_out,
     check_sample_ids,
     check_size,
     check_tensor,
+    fill_values,
     random_key,
     result_dtype,
-    signed_seed,
     size_of,
     threshold,
 )
-
-
-class Patches(NamedTuple):
-    """Patches and where they come from.
-
-    Attributes:
-        data: Pixels [B, K, C, h, w]; ``data.flatten(0, 1)`` is a batch for an encoder.
-        coords: Boxes [B, K, 4] int32, (y0, x0, height, width) in source pixels, half-open, as they
-            are before flipping.
-        flips: Flips [B, K] uint8: bit 0 horizontal, bit 1 vertical.
-    """
-
-    data: Tensor
-    coords: Tensor
-    flips: Tensor
+from fastcontrast.patch_draws import RATIO, draw_options
+from fastcontrast.patch_records import Patches
 
 
 def random_patches(
@@ -54,33 +43,65 @@ def random_patches(
     num_patches: int,
     size: int | Sequence[int],
     *,
+    scale: Sequence[float] | None = None,
+    ratio: Sequence[float] = RATIO,
+    interpolation: str = "bilinear",
+    antialias: bool = True,
     hflip: float = 0.0,
     vflip: float = 0.0,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
-    seed: int | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    layout: str = "NCHW",
+    padding: int | Sequence[int] = 0,
+    padding_mode: str = "error",
+    fill: float | Sequence[float] = 0,
+    min_distance: float | None = None,
+    max_iou: float | None = None,
+    grid: int | Sequence[int] | None = None,
+    index: Tensor | None = None,
+    seed: int | Tensor | None = None,
     step: int | Tensor = 0,
     sample_ids: Tensor | None = None,
     generator: Generator | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
+    first_patch: int = 0,
 ) -> Patches:
-    r"""Cut K random patches from every image, with random flips, normalised, in one pass.
+    r"""Cut K random patches from every image, resized, flipped, normalised, in one pass.
 
     Boxes have integer corners, uniform over all positions inside the image, drawn for each patch on
     its own (see :func:`sample_coords`); pixels are those of :func:`extract_patches`. Other
-    libraries call this random crops, multi-crop or glimpses. Gradients flow to floating images.
+    libraries call this random crops, RandomCropSamples, multi-crop, random resized crops or
+    glimpses. Gradients flow to floating images.
 
     Args:
         images: Images [B, C, H, W], uint8 or floating point, any strides.
         num_patches: Patches per image, K >= 0.
         size: Height and width of a patch in pixels, or one number for both.
+        scale: None cuts boxes of ``size``, pixel for pixel. A pair (low, high) draws boxes of a
+            random share of the image's area and resizes them to ``size``, as torchvision's
+            RandomResizedCrop does; smaller boxes are enlarged.
+        ratio: As in :func:`sample_coords`.
+        interpolation: With ``scale``: as in :func:`extract_patches`.
+        antialias: As in :func:`extract_patches`.
         hflip: Probability of a horizontal flip, in [0, 1].
         vflip: Probability of a vertical flip, in [0, 1].
         mean: As in :func:`extract_patches`.
         std: As in :func:`extract_patches`.
         dtype: As in :func:`extract_patches`.
+        memory_format: As in :func:`extract_patches`.
+        layout: As in :func:`extract_patches`.
+        padding: As in :func:`sample_coords`.
+        padding_mode: As in :func:`extract_patches`.
+        fill: As in :func:`extract_patches`.
+        min_distance: As in :func:`sample_coords`.
+        max_iou: As in :func:`sample_coords`.
+        grid: As in :func:`sample_coords`.
+        index: [B] int64: cut from ``images[index]``, which is not made: B rows of patches from N
+            images, for data sets that lie in memory whole. These are then also the default
+            ``sample_ids``.
         seed: 64-bit seed. With it the patches are a pure function of (seed, step, sample id, k):
             equal arguments give equal patches, so advance ``step``. Without it and without
             ``generator``, a seed is drawn from torch's default CPU generator, which
@@ -91,13 +112,14 @@ def random_patches(
             GPU makes the call wait for the device. Not inside ``torch.compile``.
         out: As in :func:`extract_patches`.
         backend: A name from :func:`fastcontrast.available_backends`, or None for the fastest.
+        first_patch: As in :func:`sample_coords`.
 
     Returns:
         :class:`Patches` on the images' device.
 
     Raises:
-        ValueError: If a value, shape or device is not as above, or a patch is larger than the
-            image.
+        ValueError: If a value, shape or device is not as above, a patch is larger than the
+            image, or a constraint between patches cannot be kept.
         TypeError: If an argument has the wrong type or dtype.
         RuntimeError: If the named backend cannot run this call; the message says why.
 
@@ -114,24 +136,37 @@ def random_patches(
     """
     check_images(images)
     size = check_size(size)
-    image_size = check_fits(size, images.shape[2:])
-    check_num_patches(num_patches)
+    image_size = (images.shape[2], images.shape[3])
+    options = draw_options(
+        num_patches, image_size, size, scale=scale, ratio=ratio, padding=padding,
+        padding_mode=padding_mode, grid=grid, min_distance=min_distance, max_iou=max_iou,
+        first_patch=first_patch,
+    )  # fmt: skip
+    method = check_interpolation(interpolation, antialias) if scale is not None else "none"
+    shown = check_layout(layout, memory_format)
     thresholds = [threshold("hflip", hflip), threshold("vflip", vflip)]
     dtype = result_dtype(images, dtype, mean, std)
-    scale, offset = affine_map(images, dtype, mean, std)
-    batch = images.shape[0]
+    values = fill_values(images, padding_mode, fill)
+    pixels = Pixels(*affine_map(images, dtype, mean, std), method, antialias, padding_mode, values)
+    check_index(index, images)
+    batch = images.shape[0] if index is None else index.shape[0]
+    sample_ids = index if sample_ids is None else sample_ids
     check_sample_ids(sample_ids, batch, images.device)
+    target = None
     if out is not None:
-        check_out(out, images, (batch, num_patches, images.shape[1], *size), dtype)
+        shape = (batch, num_patches, images.shape[1], *size)
+        target = check_out(out, images, shape, dtype, shown)
     key, seed, step = random_key(seed, step, generator, images.device)
     backend = backends.resolve("extract_patches", images, backend)
     coords, flips = draw(
-        sample_ids, key, seed, step, batch, num_patches, image_size, size, thresholds,
-        images.device, backend,
+        sample_ids, key, seed, step, first_patch, batch, num_patches, image_size, size, thresholds,
+        *options, images.device, backend,
     )  # fmt: skip
     used = flips if thresholds != [0, 0] else None
-    data = cut(images, coords, used, size, scale, offset, dtype, backend, out)
-    return Patches(data, coords, flips)
+    data = cut(
+        images, coords, used, index, size, pixels, dtype, shown.channels_last, backend, target
+    )
+    return Patches(shown.show(data) if out is None else out, coords, flips)
 
 
 def extract_patches(
@@ -140,9 +175,16 @@ def extract_patches(
     size: int | Sequence[int] | None = None,
     *,
     flips: Tensor | None = None,
+    interpolation: str | None = None,
+    antialias: bool = True,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    layout: str = "NCHW",
+    padding_mode: str = "error",
+    fill: float | Sequence[float] = 0,
+    index: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -157,27 +199,45 @@ def extract_patches(
     (float64 where images or result are), rounded once. Linear in the images: gradients of any order
     flow to them, added where patches overlap, the same bits every time. Coordinates have none.
 
+    With ``interpolation`` boxes of any size are resized to ``size``, equal to ``F.interpolate`` of
+    the crop with ``align_corners=False`` within rounding: no pixel outside of the box counts. A box
+    of the patch's size is copied exactly.
+
     Args:
         images: Images [B, C, H, W], uint8, float16, bfloat16, float32 or float64, any strides; also
             feature maps, with any C. Never copied.
         coords: Boxes [B, K, 4] int32, (y0, x0, height, width) in source pixels, half-open. Checked
             against the image if they are on the CPU. On a GPU a check would wait for the device:
             there, boxes outside the image are undefined behaviour.
-        size: Height and width of the patches in pixels, or one number for both; every box must have
-            it. None reads it from ``coords``, which must then be on the CPU.
+        size: Height and width of the patches in pixels, or one number for both. None reads it from
+            ``coords``, which must then be on the CPU.
         flips: [B, K] uint8: bit 0 horizontal, bit 1 vertical.
+        interpolation: None wants every box to have the size of the patches. ``"bilinear"`` and
+            ``"nearest"`` (the pixel that the centre lies in, PIL's and torch's "nearest-exact";
+            for masks) resize.
+        antialias: Whether bilinear weights widen where a box shrinks, as in
+            ``F.interpolate(antialias=True)``, torchvision's default.
         mean: Subtracted from each channel: one number or C of them, in units of the images (of
             [0, 1] for uint8).
         std: Each channel is divided by it: one number or C of them, positive.
         dtype: Of the result. None keeps a floating dtype and makes float32 of uint8.
-            ``torch.uint8`` from uint8 images copies pixels as they are, without normalisation.
-        out: Contiguous tensor of the result's shape and dtype to write to and return; it must share
-            no memory with the images, and nothing may require a gradient. Memory that is
+            ``torch.uint8`` from uint8 images keeps 0..255, without normalisation; resized pixels
+            are rounded to the nearest.
+        memory_format: ``torch.channels_last`` lays each patch out channels last, in the same shape.
+        layout: ``"NHWC"`` returns [B, K, h, w, C] instead, contiguous.
+        padding_mode: What lies beyond the image: ``"error"``, boxes must be inside; ``"constant"``,
+            ``fill``; ``"reflect"``, the image mirrored without its border pixels, up to a side less
+            one; ``"edge"``, the border pixel. Equal to ``F.pad`` and cutting, without the copy.
+        fill: Pixel for ``"constant"``, one number or C of them, in the images' own values (0..255
+            for uint8), normalised like any other.
+        index: [B] int64: row b of ``coords`` belongs to ``images[index[b]]``; any number of images.
+        out: Tensor of the result's shape, dtype and memory layout to write to and return; it must
+            share no memory with the images, and nothing may require a gradient. Memory that is
             allocated anew for a large batch costs more time than cutting the patches.
         backend: A name from :func:`fastcontrast.available_backends`, or None for the fastest.
 
     Returns:
-        Patches [B, K, C, h, w], contiguous, on the images' device.
+        Patches [B, K, C, h, w], on the images' device.
 
     Raises:
         ValueError: If a value, shape or device is not as above, or a box leaves the image.
@@ -196,15 +256,18 @@ def extract_patches(
                  [9., 8.]]])
     """
     check_images(images)
-    batch = images.shape[0]
+    check_index(index, images)
+    batch = images.shape[0] if index is None else index.shape[0]
     check_tensor("coords", coords, torch.int32, "[B, K, 4]", images.device)
     if coords.dim() != 3 or coords.shape[0] != batch or coords.shape[2] != 4:
         raise ValueError(
             f"coords must have shape [{batch}, K, 4] for images {list(images.shape)}, "
             f"got {list(coords.shape)}"
         )
+    method = "none" if interpolation is None else check_interpolation(interpolation, antialias)
     size = size_of(coords) if size is None else check_size(size)
-    check_fits(size, images.shape[2:])
+    if method == "none" and padding_mode == "error":
+        check_fits(size, images.shape[2:])
     if flips is not None:
         check_tensor("flips", flips, torch.uint8, "[B, K]", images.device)
         if flips.shape != coords.shape[:2]:
@@ -212,175 +275,17 @@ def extract_patches(
                 f"flips must have shape {list(coords.shape[:2])} like coords, "
                 f"got {list(flips.shape)}"
             )
+    shown = check_layout(layout, memory_format)
     dtype = result_dtype(images, dtype, mean, std)
-    scale, offset = affine_map(images, dtype, mean, std)
+    values = fill_values(images, padding_mode, fill)
+    pixels = Pixels(*affine_map(images, dtype, mean, std), method, antialias, padding_mode, values)
+    target = None
     if out is not None:
-        check_out(out, images, (*coords.shape[:2], images.shape[1], *size), dtype)
-        check_apart(out, {"coords": coords, "flips": flips})
+        shape = (batch, coords.shape[1], images.shape[1], *size)
+        target = check_out(out, images, shape, dtype, shown)
+        check_apart(out, {"coords": coords, "flips": flips, "index": index})
     backend = backends.resolve("extract_patches", images, backend)
-    return cut(images, coords, flips, size, scale, offset, dtype, backend, out)
-
-
-def sample_coords(
-    batch: int,
-    num_patches: int,
-    image_size: int | Sequence[int],
-    size: int | Sequence[int],
-    *,
-    hflip: float = 0.0,
-    vflip: float = 0.0,
-    seed: int,
-    step: int | Tensor = 0,
-    sample_ids: Tensor | None = None,
-    device: torch.device | str | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Draw the boxes and flips of random patches: a pure function of (seed, step, sample id, k).
-
-    Equal arguments give equal bits on every device and backend, a larger ``num_patches`` keeps the
-    first patches, and neither batch size nor rank nor worker matters once ``sample_ids`` name the
-    images. Patch k of a sample is made, in counter layout version 1, by Philox4x32-10 with the key
-    ``seed`` (64 bits) from the counter::
-
-        c0 = step[31:0]          c1 = step[47:32] | draw << 16
-        c2 = sample_id[31:0]     c3 = sample_id[39:32] | k << 8
-
-    Draw 0 gives four 32-bit words, used in 64-bit integer arithmetic::
-
-        y0 = w0 * (H - h + 1) >> 32        x0 = w1 * (W - w + 1) >> 32
-        flipped horizontally if w2 < floor(hflip * 2**32), vertically if w3 < floor(vflip * 2**32)
-
-    Draws 1 to 2**16 - 1 are kept for later use. The bias of a position is at most
-    (H - h + 1) / 2**32.
-
-    Args:
-        batch: Number of images, B >= 0.
-        num_patches: Patches per image, 0 <= K <= 2**24.
-        image_size: Height and width of the images in pixels, or one number for both.
-        size: Height and width of a patch in pixels, or one number for both.
-        hflip: Probability of a horizontal flip, in [0, 1].
-        vflip: Probability of a vertical flip, in [0, 1].
-        seed: 64-bit seed, -2**63 <= seed < 2**64, taken modulo 2**64.
-        step: Number of the batch in training, 0 <= step < 2**48. An int64 tensor without axes, on
-            ``device``, is read there: a captured graph then draws new patches whenever it is
-            advanced.
-        sample_ids: Ids of the images, [B] int64, 0 <= id < 2**40; None means 0 to B-1. Ranks with
-            equal seeds need them, or they draw the same boxes; indices into the data set make the
-            boxes independent of how it is spread. Checked on the CPU only.
-        device: Of the result; None means that of ``sample_ids``, or the CPU.
-        backend: A name from :func:`fastcontrast.available_backends`, or None for the fastest.
-
-    Returns:
-        Boxes [B, K, 4] int32, (y0, x0, height, width) in pixels, half-open, and flips [B, K] uint8
-        with bit 0 horizontal, bit 1 vertical.
-
-    Raises:
-        ValueError: If a value, shape or device is not as above, or a patch is larger than the
-            image.
-        TypeError: If an argument has the wrong type or dtype.
-        RuntimeError: If the named backend cannot run this call; the message says why.
-
-    Example:
-        >>> coords, flips = sample_coords(1, 2, (96, 96), 32, hflip=0.5, seed=0)
-        >>> coords
-        tensor([[[25, 57, 32, 32],
-                 [39, 45, 32, 32]]], dtype=torch.int32)
-    """
-    if not isinstance(batch, int) or isinstance(batch, bool):
-        raise TypeError(f"batch must be an int, got {type(batch).__name__}")
-    if batch < 0:
-        raise ValueError(f"batch must be at least 0, got {batch}")
-    check_num_patches(num_patches)
-    size = check_size(size)
-    image_size = check_fits(size, check_size(image_size, "image_size"))
-    thresholds = [threshold("hflip", hflip), threshold("vflip", vflip)]
-    if device is not None:
-        device = torch.device(device)
-    else:
-        device = sample_ids.device if isinstance(sample_ids, Tensor) else torch.device("cpu")
-    check_sample_ids(sample_ids, batch, device)
-    if seed is None:
-        raise TypeError("seed must be an int, got None")
-    key, seed, step = random_key(seed, step, None, device)
-    backend = backends.resolve("extract_patches", torch.empty(0, device=device), backend)
-    return draw(
-        sample_ids, key, seed, step, batch, num_patches, image_size, size, thresholds, device,
-        backend,
-    )  # fmt: skip
-
-
-class RandomPatches(nn.Module):
-    """Module of :func:`random_patches` that counts its own steps.
-
-    ``step``, an int64 buffer, is in the ``state_dict``: training that is resumed goes on with the
-    patches it would have had. It advances by one with every forward pass, in training and
-    evaluation alike. Two modules need different seeds to draw different patches. Activation
-    checkpointing runs a forward pass twice: keep this module outside of it.
-
-    Args:
-        num_patches: As in :func:`random_patches`.
-        size: As in :func:`random_patches`.
-        hflip: As in :func:`random_patches`.
-        vflip: As in :func:`random_patches`.
-        mean: As in :func:`random_patches`.
-        std: As in :func:`random_patches`.
-        dtype: As in :func:`random_patches`.
-        seed: 64-bit seed.
-        backend: As in :func:`random_patches`.
-
-    Example:
-        >>> crop = RandomPatches(2, 4, hflip=0.5, seed=7)
-        >>> crop(torch.zeros(3, 1, 8, 8)).data.shape, int(crop.step)
-        (torch.Size([3, 2, 1, 4, 4]), 1)
-    """
-
-    step: Tensor
-
-    def __init__(
-        self,
-        num_patches: int,
-        size: int | Sequence[int],
-        *,
-        hflip: float = 0.0,
-        vflip: float = 0.0,
-        mean: float | Sequence[float] | None = None,
-        std: float | Sequence[float] | None = None,
-        dtype: torch.dtype | None = None,
-        seed: int = 0,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__()
-        check_num_patches(num_patches)
-        threshold("hflip", hflip)
-        threshold("vflip", vflip)
-        self.num_patches = num_patches
-        self.size = check_size(size)
-        self.hflip, self.vflip = hflip, vflip
-        self.mean, self.std, self.dtype = mean, std, dtype
-        self.seed = signed_seed(seed)
-        self.backend = backend
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, images: Tensor, sample_ids: Tensor | None = None) -> Patches:
-        """Cut patches of ``images`` [B, C, H, W], and advance ``step``."""
-        patches = random_patches(
-            images,
-            self.num_patches,
-            self.size,
-            hflip=self.hflip,
-            vflip=self.vflip,
-            mean=self.mean,
-            std=self.std,
-            dtype=self.dtype,
-            seed=self.seed,
-            step=self.step,
-            sample_ids=sample_ids,
-            backend=self.backend,
-        )
-        self.step.add_(1)
-        return patches
-
-    def extra_repr(self) -> str:
-        """Return what distinguishes this module in a printed model."""
-        height, width = self.size
-        return f"num_patches={self.num_patches}, size=({height}, {width}), seed={self.seed}"
+    data = cut(
+        images, coords, flips, index, size, pixels, dtype, shown.channels_last, backend, target
+    )
+    return shown.show(data) if out is None else out

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from variants import on_every_backend
 
-from fastcontrast import backends
-from fastcontrast.patches import Patches, RandomPatches, extract_patches, random_patches
+from fastcontrast import Patches, RandomPatches, backends, extract_patches, random_patches
 
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOATING = DTYPES[1:]

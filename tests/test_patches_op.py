@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from variants import on_every_backend
 
-from fastcontrast.patches import RandomPatches, extract_patches, random_patches, sample_coords
+from fastcontrast import RandomPatches, extract_patches, random_patches, sample_coords
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -148,12 +148,15 @@ def test_functional_transforms(backend: str) -> None:
 # Registration
 
 
-def op_arguments(backend: str, dtype: torch.dtype, requires_grad: bool, size: tuple) -> tuple:
+def op_arguments(
+    backend: str, dtype: torch.dtype, requires_grad: bool, size: tuple, interpolation: str = "none"
+) -> tuple:
     images = torch.randn(2, 3, 9, 8).to(dtype).transpose(2, 3)
     coords, flips = overlapping(2, 3)
     return (
-        images.requires_grad_(requires_grad), coords, flips, list(size), [0.5, 1.0, 2.0], [0.1],
-        torch.float32, backend,
+        images.requires_grad_(requires_grad), coords, flips, torch.tensor([1, 0]), list(size),
+        [0.5, 1.0, 2.0], [0.1], interpolation, True, "constant", [0.5], torch.float32, True,
+        backend,
     )  # fmt: skip
 
 
@@ -165,21 +168,28 @@ def test_opcheck(backend: str, requires_grad: bool) -> None:
     torch.library.opcheck(
         ops.extract_patches.default, op_arguments(backend, dtype, requires_grad, (5, 6))
     )
-    images, coords, flips, _, scale, offset, _, _ = op_arguments(backend, dtype, False, (5, 6))
+    torch.library.opcheck(
+        ops.extract_patches.default,
+        op_arguments(backend, torch.float32, requires_grad, (3, 4), "bilinear"),
+    )
+    images, coords, flips, index, _, scale, offset, *_ = op_arguments(backend, dtype, False, (5, 6))
     grad = torch.randn(2, 3, 3, 5, 6, requires_grad=requires_grad)
+    how = ("bilinear", True, "error")
     torch.library.opcheck(
         ops.extract_patches_backward.default,
-        (grad, coords, flips, [8, 9], scale, torch.bfloat16, backend),
+        (grad, coords, flips, index, [2, 8, 9], scale, *how, torch.bfloat16, backend),
     )
     out = torch.empty(2, 3, 3, 5, 6)
     torch.library.opcheck(
-        ops.extract_patches_out.default, (out, images, coords, None, scale, offset, backend)
+        ops.extract_patches_out.default,
+        (out, images, coords, None, None, scale, offset, *how, [], backend),
     )
     for ids, key in ((None, None), (torch.tensor([5, 2**39]), torch.tensor([-1, 2**47]))):
         torch.library.opcheck(
             ops.sample_coords.default,
-            (ids, key, 1, 2, 2, 3, [8, 9], [5, 6], [2**31, 2**32], torch.device("cpu"), backend),
-        )
+            (ids, key, 1, 2, 0, 2, 3, [8, 9], [5, 6], [2**31, 2**32], [1, 0], [1, 1], [0.2, 1.0],
+             [0.75, 1.5], 4, 2**29, torch.device("cpu"), backend),
+        )  # fmt: skip
 
 
 def compiled(function: Any) -> Any:
@@ -283,7 +293,9 @@ def test_errors_of_randomness() -> None:
     patches_error("seed must be an int, got str", TypeError, seed="0")
     patches_error("step must be an int, got str", TypeError, step="0")
     with pytest.raises(TypeError, match="seed must be an int"):
-        RandomPatches(1, 2, seed=None)
+        RandomPatches(1, 2, seed=0.5)
+    with pytest.raises(TypeError, match="unknown option 'flip'; a module takes antialias, dtype"):
+        RandomPatches(1, 2, flip=0.5)
     with pytest.raises(ValueError, match="vflip must be a probability"):
         RandomPatches(1, 2, vflip=7)
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 from variants import on_every_backend
 
-from fastcontrast import backends
+from fastcontrast import backends, sample_coords
 from fastcontrast.backends.native import _C
-from fastcontrast.backends.reference.extract_patches import philox4x32
-from fastcontrast.patches import sample_coords
+from fastcontrast.backends.reference.sample_coords import philox4x32
 
 # kat_vectors of Random123 for philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [

@@ -36,9 +36,13 @@ LAYERS = {
     "losses": 4,
     "mining": 4,
     "patch_arguments": 4,
+    "patch_draws": 4,
+    "patch_modules": 4,
+    "patch_records": 4,
     "patches": 4,
     "retrieval": 4,
     "temporal": 4,
+    "transforms": 4,
     "ops": 3,
     "backends": 2,
     "_C": 1,
@@ -56,7 +60,8 @@ IMPORTERS = {
     "rich": ("train/", "cli.py"),
     "tyro": ("train/", "cli.py"),
     "safetensors": ("train/", "cli.py"),
-    "torchvision": (),
+    "torchvision": ("transforms.py",),
+    "PIL": ("transforms.py",),
     "setuptools": (),
 }
 BANNED = {"utils", "util", "helper", "helpers", "misc", "common_utils", "v2", "impl2"}

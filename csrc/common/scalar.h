@@ -68,6 +68,17 @@ FC_INLINE void narrow(float x, Half* out) {
                                                       : normal;
   out->bits = (uint16_t)(rounded | (bits & 0x80000000u) >> 16);
 }
+// To bytes: to nearest, ties to even, clamped to 0..255; NaN is 0.
+FC_INLINE void narrow(double x, uint8_t* out) {
+  const double clamped = x >= 0.0 ? (x <= 255.0 ? x : 255.0) : 0.0;
+  const double shifted = clamped + 4503599627370496.0;  // 2^52: the sum rounds
+  *out = (uint8_t)(shifted - 4503599627370496.0);
+}
+FC_INLINE void narrow(float x, uint8_t* out) {
+  const float clamped = x >= 0.0f ? (x <= 255.0f ? x : 255.0f) : 0.0f;
+  const float shifted = clamped + 8388608.0f;  // 2^23
+  *out = (uint8_t)(shifted - 8388608.0f);
+}
 FC_INLINE void narrow(double x, double* out) { *out = x; }
 FC_INLINE void narrow(double x, float* out) { *out = (float)x; }
 FC_INLINE void narrow(double x, BFloat16* out) { narrow((float)x, out); }

@@ -136,6 +136,14 @@ template <>
 struct HasLanes<double> {
   static constexpr bool value = false;
 };
+template <typename T>
+struct StoresLanes {
+  static constexpr bool value = HasLanes<T>::value;
+};
+template <>
+struct StoresLanes<uint8_t> {
+  static constexpr bool value = false;
+};
 
 #if defined(__AVX2__)
 template <Stride kind, typename In>
@@ -150,7 +158,7 @@ template <Stride kind, bool stream, typename In, typename Out, typename T>
 FC_INLINE void map_row(const In* __restrict in, int64_t step, Out* __restrict out, int64_t width,
                        T a, T b) {
 #if defined(__AVX2__)
-  if constexpr (kind != Stride::any && HasLanes<In>::value && HasLanes<Out>::value) {
+  if constexpr (kind != Stride::any && HasLanes<In>::value && StoresLanes<Out>::value) {
     if (stream || width >= LANES) {
       const Floats as = every(a), bs = every(b);
       int64_t x = 0;
@@ -196,11 +204,18 @@ FC_INLINE void copy_row(const T* __restrict in, int64_t step, T* __restrict out,
   }
 }
 
+// The same into pixels that lie apart, as in channels_last outputs.
+template <typename In, typename Out, typename T>
+FC_INLINE void map_pixels(const In* __restrict in, int64_t step, Out* __restrict out,
+                          int64_t out_step, int64_t width, T a, T b) {
+  for (int64_t x = 0; x < width; ++x) narrow(a * (T)widen(in[x * step]) + b, &out[x * out_step]);
+}
+
 // A row of zeros; where it streams, `out` is aligned and `width` rounded as for map_row.
 template <bool stream, typename Out>
 FC_INLINE void zero_row(Out* out, int64_t width) {
 #if defined(__AVX2__)
-  if constexpr (stream && HasLanes<Out>::value) {
+  if constexpr (stream && StoresLanes<Out>::value) {
     for (int64_t x = 0; x < width; x += LANES) store<true>(out + x, every(0.0f));
     return;
   }
@@ -238,7 +253,7 @@ template <Stride kind, typename G, typename T>
 FC_INLINE void add_row(const G* __restrict in, int64_t step, T* __restrict sums, int64_t width) {
   int64_t x = 0;
 #if defined(__AVX2__)
-  if constexpr (kind != Stride::any && HasLanes<G>::value && HasLanes<T>::value) {
+  if constexpr (kind != Stride::any && HasLanes<G>::value && StoresLanes<T>::value) {
     for (; x + LANES <= width; x += LANES) {
       store<false>(sums + x, sum(load(sums + x), load_at<kind>(in, x)));
     }

@@ -1,16 +1,16 @@
 """The op `extract_patches`: draw boxes, cut them out of images, return gradients to the images.
 
 ``fastcontrast/patches.py`` checks what users pass and calls :func:`draw` and :func:`cut` here; the
-work is in ``fastcontrast/backends/<backend>/extract_patches.py``. Arguments that all of this file
-shares: ``size`` (h, w) of a patch; ``scale`` and ``offset``, the affine map of the channels as a
-list of C numbers, of one number for all, or of none for the identity; ``dtype`` of the result;
-``backend``, already resolved.
+work is in ``fastcontrast/backends/<backend>/``. Arguments that all of this file shares: ``index``,
+the image [B] of each row of ``coords``, or None for its own number; ``size`` (h, w) of a patch;
+the fields of ``fastcontrast.backends.patch_sets.Pixels``; ``dtype`` of the result; ``backend``,
+already resolved.
 
 Under ``torch.compile`` calls are custom operators, which the compiler keeps whole. Eager calls go
 through an ``autograd.Function``, because an operator costs more than a small batch of patches.
 
-The map from images to patches is linear but for the offset. So its gradient is a second op, whose
-gradient is the first without the offset, and derivatives of any order exist.
+The map from images to patches is linear but for the offset and the fill value. So its gradient is a
+second op, whose gradient is the first without them, and derivatives of any order exist.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from fastcontrast import backends
+from fastcontrast.backends.patch_sets import Draws, Pixels, ratio_table
 
 # Bits of the counter that each field has, see csrc/common/crop.h.
 STEP_BITS, SAMPLE_ID_BITS, PATCH_BITS = 48, 40, 24
+ATTEMPTS = 128
 
 
 def draw(
@@ -32,23 +34,31 @@ def draw(
     key: Tensor | None,
     seed: int,
     step: int,
+    first_patch: int,
     batch: int,
     num_patches: int,
     image_size: Sequence[int],
     size: Sequence[int],
     thresholds: Sequence[int],
+    padding: Sequence[int],
+    grid: Sequence[int],
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    min_distance: int,
+    max_iou: int,
     device: torch.device,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Boxes [B, K, 4] int32 and flips [B, K] uint8 of (seed, step).
 
     ``key`` is an int64 tensor (seed, step) on ``device`` that stands for the two numbers where they
-    are known to the device only; ``thresholds`` are the flips' probabilities in units of 2⁻³².
+    are known to the device only; ``scale`` is empty for boxes of ``size``, else least and largest
+    share of the area; the others are fields of ``fastcontrast.backends.patch_sets.Draws``.
     """
     function = _sample_coords_op if torch.compiler.is_compiling() else _sample
     return function(
-        sample_ids, key, seed, step, batch, num_patches, image_size, size, thresholds, device,
-        backend,
+        sample_ids, key, seed, step, first_patch, batch, num_patches, image_size, size, thresholds,
+        padding, grid, scale, ratio, min_distance, max_iou, device, backend,
     )  # fmt: skip
 
 
@@ -56,10 +66,11 @@ def cut(
     images: Tensor,
     coords: Tensor,
     flips: Tensor | None,
+    index: Tensor | None,
     size: Sequence[int],
-    scale: Sequence[float],
-    offset: Sequence[float],
+    pixels: Pixels,
     dtype: torch.dtype,
+    channels_last: bool,
     backend: str,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -67,9 +78,9 @@ def cut(
     compiling = torch.compiler.is_compiling()
     if out is None:
         function = _extract_patches_op if compiling else _ExtractPatches.apply
-        return function(images, coords, flips, size, scale, offset, dtype, backend)
+        return function(images, coords, flips, index, size, *pixels, dtype, channels_last, backend)
     function = _extract_patches_out_op if compiling else _extract_into
-    function(out, images, coords, flips, scale, offset, backend)
+    function(out, images, coords, flips, index, *pixels, backend)
     return out
 
 
@@ -80,8 +91,9 @@ def check_step(step: int) -> None:
 
 
 def _sample(
-    sample_ids, key, seed, step, batch, num_patches, image_size, size, thresholds, device, backend
-):
+    sample_ids, key, seed, step, first_patch, batch, num_patches, image_size, size, thresholds,
+    padding, grid, scale, ratio, min_distance, max_iou, device, backend,
+):  # fmt: skip
     if key is not None and key.device.type == "cpu":
         seed, step = key.tolist()
         key = None
@@ -93,77 +105,125 @@ def _sample(
                 f"sample_ids must be at least 0 and below 2^{SAMPLE_ID_BITS}, "
                 f"got values from {low} to {high}"
             )
+    area, factors, limits = (0, 0), None, (0, 0, 0)
+    if scale:
+        least, most = (int(share * 2**30) for share in scale)
+        area = (max(least, 1), most - max(least, 1) + 1)
+        factors, limits = ratio_table(*ratio, device)
+    draws = Draws(
+        seed, step, first_patch, image_size, size, thresholds, padding, grid, area, factors, limits,
+        min_distance, max_iou,
+    )  # fmt: skip
     coords = torch.empty(batch, num_patches, 4, dtype=torch.int32, device=device)
     flips = torch.empty(batch, num_patches, dtype=torch.uint8, device=device)
-    backends.run(
-        backend, "sample_coords", coords, flips, sample_ids, key, seed, step, image_size, size,
-        thresholds,
-    )  # fmt: skip
+    lost = backends.run(backend, "sample_coords", coords, flips, sample_ids, key, draws)
+    if lost >= 0:
+        image, patch = divmod(lost, num_patches)
+        wanted = [f"centres at least {min_distance**0.5 / 2:g} pixels apart (min_distance)"]
+        wanted = wanted if min_distance else []
+        wanted += [f"an IoU of at most {max_iou / 2**29:g} (max_iou)"] if max_iou >= 0 else []
+        raise ValueError(
+            f"patch {patch} of image {image} found no place in {ATTEMPTS} attempts: "
+            f"{num_patches} patches of {size[0]}x{size[1]} pixels in an image of "
+            f"{image_size[0]}x{image_size[1]} with {' and '.join(wanted)}; "
+            "ask for fewer patches, or let them be closer"
+        )
     return coords, flips
 
 
-def _extract_into(out, images, coords, flips, scale, offset, backend):
-    """The kernel call of every forward path, with the check that keeps it inside the images."""
-    size = out.shape[3:]
-    if coords.device.type == "cpu":
-        image_size = images.shape[2:]
-        index = backends.run(backend, "first_invalid_box", coords, image_size, size)
-        if index >= 0:
-            b, k = divmod(index, coords.shape[1])
-            y0, x0, height, width = coords[b, k].tolist()
+def _extract_into(
+    out, images, coords, flips, index, scale, offset, interpolation, antialias, padding_mode, fill,
+    backend,
+):  # fmt: skip
+    """The kernel call of every forward path, with the checks that keep it inside the images."""
+    pixels = Pixels(scale, offset, interpolation, antialias, padding_mode, fill)
+    size, image_size = out.shape[3:], images.shape[2:]
+    if index is not None and index.device.type == "cpu" and index.numel():
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= images.shape[0]:
             raise ValueError(
-                f"coords[{b}, {k}] = (y0 {y0}, x0 {x0}, height {height}, width {width}) must lie "
-                f"inside the image, {image_size[0]}x{image_size[1]} pixels, and have the height "
-                f"and width of the patches, {size[0]}x{size[1]}"
+                f"index must be at least 0 and below the number of images, {images.shape[0]}, "
+                f"got values from {low} to {high}"
             )
-    backends.run(backend, "extract_patches_forward", images, coords, flips, scale, offset, out)
+    if coords.device.type == "cpu":
+        invalid = backends.run(backend, "first_invalid_box", coords, image_size, size, pixels)
+        if invalid >= 0:
+            raise ValueError(_invalid_box(coords, invalid, image_size, size, pixels))
+    backends.run(backend, "extract_patches_forward", images, coords, flips, index, pixels, out)
 
 
-def _extract(images, coords, flips, size, scale, offset, dtype, backend):
-    out = images.new_empty(_patches_shape(images, coords, size), dtype=dtype)
-    _extract_into(out, images, coords, flips, scale, offset, backend)
+def _invalid_box(coords, invalid, image_size, size, pixels):
+    b, k = divmod(invalid, coords.shape[1])
+    y0, x0, height, width = coords[b, k].tolist()
+    reach = pixels.reach(image_size)
+    beyond = f" or at most {reach[0]} rows and {reach[1]} columns beyond" if max(reach) else ""
+    sized = ""
+    if pixels.interpolation == "none":
+        sized = f", and have the height and width of the patches, {size[0]}x{size[1]}"
+    return (
+        f"coords[{b}, {k}] = (y0 {y0}, x0 {x0}, height {height}, width {width}) must lie "
+        f"inside the image, {image_size[0]}x{image_size[1]} pixels{beyond}{sized}"
+    )
+
+
+def _extract(
+    images, coords, flips, index, size, scale, offset, interpolation, antialias, padding_mode, fill,
+    dtype, channels_last, backend,
+):  # fmt: skip
+    out = _empty_patches(images, coords, size, dtype, channels_last)
+    _extract_into(
+        out, images, coords, flips, index, scale, offset, interpolation, antialias, padding_mode,
+        fill, backend,
+    )  # fmt: skip
     return out
 
 
-def _image_gradient(grad, coords, flips, image_size, scale, dtype, backend):
-    grad_images = grad.new_empty(grad.shape[0], grad.shape[2], *image_size, dtype=dtype)
-    backends.run(backend, "extract_patches_backward", grad, coords, flips, scale, grad_images)
+def _image_gradient(
+    grad, coords, flips, index, image_shape, scale, interpolation, antialias, padding_mode, dtype,
+    backend,
+):  # fmt: skip
+    grad_images = _empty_images(grad, image_shape, dtype)
+    pixels = Pixels(scale, [], interpolation, antialias, padding_mode, [])
+    backends.run(
+        backend, "extract_patches_backward", grad, coords, flips, index, pixels, grad_images
+    )
     return grad_images
 
 
-def _patches_shape(images, coords, size):
-    return (*coords.shape[:2], images.shape[1], *size)
+def _empty_patches(images, coords, size, dtype, channels_last):
+    batch, num_patches = coords.shape[:2]
+    if channels_last:
+        shape = (batch, num_patches, *size, images.shape[1])
+        return images.new_empty(shape, dtype=dtype).permute(0, 1, 4, 2, 3)
+    return images.new_empty((batch, num_patches, images.shape[1], *size), dtype=dtype)
+
+
+def _empty_images(grad, image_shape, dtype):
+    count, height, width = image_shape
+    return grad.new_empty((count, grad.shape[2], height, width), dtype=dtype)
 
 
 # Autograd. Contexts and formulas serve both paths, which differ in what a formula calls.
 
 
 def _forward_context(ctx, inputs, output):
-    images, coords, flips, _, scale, _, _, backend = inputs
-    ctx.save_for_backward(coords, flips)
-    ctx.options = (images.shape[2:], scale, images.dtype, backend)
+    images, coords, flips, index, _, scale, _, *how, _, _, _, backend = inputs
+    ctx.save_for_backward(coords, flips, index)
+    image_shape = (images.shape[0], *images.shape[2:])
+    ctx.options = (image_shape, scale, *how, images.dtype, backend)
 
 
 def _backward_context(ctx, inputs, output):
-    grad, coords, flips, _, scale, _, backend = inputs
-    ctx.save_for_backward(coords, flips)
-    ctx.options = (grad.shape[3:], scale, grad.dtype, backend)
+    grad, coords, flips, index, _, scale, *how, _, backend = inputs
+    ctx.save_for_backward(coords, flips, index)
+    ctx.options = (grad.shape[3:], scale, [], *how, [], grad.dtype, False, backend)
 
 
-def _differentiate_forward(ctx, grad, image_gradient):
-    image_size, scale, dtype, backend = ctx.options
+def _differentiate(ctx, grad, function, arguments):
     result = None
     if ctx.needs_input_grad[0]:
-        result = image_gradient(grad, *ctx.saved_tensors, image_size, scale, dtype, backend)
-    return (result, *[None] * 7)
-
-
-def _differentiate_backward(ctx, grad, extract):
-    size, scale, dtype, backend = ctx.options
-    result = None
-    if ctx.needs_input_grad[0]:
-        result = extract(grad, *ctx.saved_tensors, size, scale, [], dtype, backend)
-    return (result, *[None] * 6)
+        result = function(grad, *ctx.saved_tensors, *ctx.options)
+    return (result, *[None] * (arguments - 1))
 
 
 class _ExtractPatches(torch.autograd.Function):
@@ -175,7 +235,7 @@ class _ExtractPatches(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _differentiate_forward(ctx, grads[0], _ExtractPatchesBackward.apply)
+        return _differentiate(ctx, grads[0], _ExtractPatchesBackward.apply, 14)
 
 
 class _ExtractPatchesBackward(torch.autograd.Function):
@@ -187,7 +247,7 @@ class _ExtractPatchesBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _differentiate_backward(ctx, grads[0], _ExtractPatches.apply)
+        return _differentiate(ctx, grads[0], _ExtractPatches.apply, 11)
 
 
 # The custom operators: what torch.compile sees.
@@ -196,52 +256,58 @@ _extract_patches_op = torch.library.custom_op(
     "fastcontrast::extract_patches",
     _extract,
     mutates_args=(),
-    schema="(Tensor images, Tensor coords, Tensor? flips, SymInt[] size, float[] scale, "
-    "float[] offset, ScalarType dtype, str backend) -> Tensor",
+    schema="(Tensor images, Tensor coords, Tensor? flips, Tensor? index, SymInt[] size, "
+    "float[] scale, float[] offset, str interpolation, bool antialias, str padding_mode, "
+    "float[] fill, ScalarType dtype, bool channels_last, str backend) -> Tensor",
 )
 _extract_patches_backward_op = torch.library.custom_op(
     "fastcontrast::extract_patches_backward",
     _image_gradient,
     mutates_args=(),
-    schema="(Tensor grad, Tensor coords, Tensor? flips, SymInt[] image_size, float[] scale, "
-    "ScalarType dtype, str backend) -> Tensor",
+    schema="(Tensor grad, Tensor coords, Tensor? flips, Tensor? index, SymInt[] image_shape, "
+    "float[] scale, str interpolation, bool antialias, str padding_mode, ScalarType dtype, "
+    "str backend) -> Tensor",
 )
 _extract_patches_out_op = torch.library.custom_op(
     "fastcontrast::extract_patches_out",
     _extract_into,
     mutates_args=("out",),
-    schema="(Tensor(a!) out, Tensor images, Tensor coords, Tensor? flips, float[] scale, "
-    "float[] offset, str backend) -> ()",
+    schema="(Tensor(a!) out, Tensor images, Tensor coords, Tensor? flips, Tensor? index, "
+    "float[] scale, float[] offset, str interpolation, bool antialias, str padding_mode, "
+    "float[] fill, str backend) -> ()",
 )
 _sample_coords_op = torch.library.custom_op(
     "fastcontrast::sample_coords",
     _sample,
     mutates_args=(),
-    schema="(Tensor? sample_ids, Tensor? key, SymInt seed, SymInt step, SymInt batch, "
-    "SymInt num_patches, SymInt[] image_size, SymInt[] size, int[] thresholds, Device device, "
-    "str backend) -> (Tensor, Tensor)",
+    schema="(Tensor? sample_ids, Tensor? key, SymInt seed, SymInt step, SymInt first_patch, "
+    "SymInt batch, SymInt num_patches, SymInt[] image_size, SymInt[] size, int[] thresholds, "
+    "SymInt[] padding, int[] grid, float[] scale, float[] ratio, int min_distance, int max_iou, "
+    "Device device, str backend) -> (Tensor, Tensor)",
 )
 
 
 @_extract_patches_op.register_fake
-def _(images, coords, flips, size, scale, offset, dtype, backend):
-    return images.new_empty(_patches_shape(images, coords, size), dtype=dtype)
+def _(images, coords, flips, index, size, scale, offset, interpolation, antialias, padding_mode,
+      fill, dtype, channels_last, backend):  # fmt: skip
+    return _empty_patches(images, coords, size, dtype, channels_last)
 
 
 @_extract_patches_backward_op.register_fake
-def _(grad, coords, flips, image_size, scale, dtype, backend):
-    return grad.new_empty(grad.shape[0], grad.shape[2], *image_size, dtype=dtype)
+def _(grad, coords, flips, index, image_shape, scale, interpolation, antialias, padding_mode, dtype,
+      backend):  # fmt: skip
+    return _empty_images(grad, image_shape, dtype)
 
 
 @_extract_patches_out_op.register_fake
-def _(out, images, coords, flips, scale, offset, backend):
+def _(out, images, coords, flips, index, scale, offset, interpolation, antialias, padding_mode,
+      fill, backend):  # fmt: skip
     return None
 
 
 @_sample_coords_op.register_fake
-def _(
-    sample_ids, key, seed, step, batch, num_patches, image_size, size, thresholds, device, backend
-):
+def _(sample_ids, key, seed, step, first_patch, batch, num_patches, image_size, size, thresholds,
+      padding, grid, scale, ratio, min_distance, max_iou, device, backend):  # fmt: skip
     return (
         torch.empty(batch, num_patches, 4, dtype=torch.int32, device=device),
         torch.empty(batch, num_patches, dtype=torch.uint8, device=device),
@@ -249,10 +315,10 @@ def _(
 
 
 _extract_patches_op.register_autograd(
-    lambda ctx, grad: _differentiate_forward(ctx, grad, _extract_patches_backward_op),
+    lambda ctx, grad: _differentiate(ctx, grad, _extract_patches_backward_op, 14),
     setup_context=_forward_context,
 )
 _extract_patches_backward_op.register_autograd(
-    lambda ctx, grad: _differentiate_backward(ctx, grad, _extract_patches_op),
+    lambda ctx, grad: _differentiate(ctx, grad, _extract_patches_op, 11),
     setup_context=_backward_context,
 )

@@ -1,7 +1,8 @@
 """`extract_patches` on CPU: one C++ pass from the images' pixels to the finished patches.
 
-The kernels are csrc/cpu/extract_patches.cpp. Images and incoming gradients are read in place
-through their strides; only coordinates and flips, 17 bytes a patch, are made contiguous.
+The kernels are csrc/cpu/sample_coords.cpp, extract_patches.cpp and extract_patches_backward.cpp.
+Images and incoming gradients are read in place through their strides; only coordinates and flips,
+17 bytes a patch, are made contiguous.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcontrast import _C
+from fastcontrast.backends.patch_sets import INTERPOLATIONS, PADDING_MODES, Draws, Pixels
 
 # As csrc/common/scalar.h numbers them.
 SCALARS = {
@@ -26,62 +28,69 @@ THREADING_MINIMUM = 32768
 
 
 def sample_coords(
-    coords: Tensor,
-    flips: Tensor,
-    sample_ids: Tensor | None,
-    key: Tensor | None,
-    seed: int,
-    step: int,
-    image_size: Sequence[int],
-    size: Sequence[int],
-    thresholds: Sequence[int],
-) -> None:
-    """Fill ``coords`` [B, K, 4] and ``flips`` [B, K] with the draws of (seed, step)."""
-    if key is not None:
-        seed, step = key.tolist()
+    coords: Tensor, flips: Tensor, sample_ids: Tensor | None, key: Tensor | None, draws: Draws
+) -> int:
+    """Fill ``coords`` [B, K, 4] and ``flips`` [B, K]; index of the first without a place, or -1."""
+    seed, step = (draws.seed, draws.step) if key is None else key.tolist()
     ids = None if sample_ids is None else sample_ids.contiguous()
-    _C.sample_coords(
+    factors = draws.factors
+    return _C.sample_coords(
         seed=seed & 0xFFFFFFFFFFFFFFFF,
         step=step,
         sample_ids=_address(ids),
         batch=coords.shape[0],
         num_patches=coords.shape[1],
-        y_range=image_size[0] - size[0] + 1,
-        x_range=image_size[1] - size[1] + 1,
-        height=size[0],
-        width=size[1],
-        hflip_threshold=thresholds[0],
-        vflip_threshold=thresholds[1],
+        first_patch=draws.first_patch,
+        image_size=draws.image_size,
+        size=draws.size,
+        padding=draws.padding,
+        grid=draws.grid,
+        area=draws.area,
+        row_factors=0 if factors is None else factors[0].data_ptr(),
+        column_factors=0 if factors is None else factors[1].data_ptr(),
+        limits=draws.limits,
+        min_distance=draws.min_distance,
+        max_iou=draws.max_iou,
+        hflip_threshold=draws.thresholds[0],
+        vflip_threshold=draws.thresholds[1],
         coords=coords.data_ptr(),
         flips=flips.data_ptr(),
     )
 
 
-def first_invalid_box(coords: Tensor, image_size: Sequence[int], size: Sequence[int]) -> int:
-    """Flat index of the first box outside the image or of another size; -1 where there is none."""
+def first_invalid_box(
+    coords: Tensor, image_size: Sequence[int], size: Sequence[int], pixels: Pixels
+) -> int:
+    """Flat index of the first box that leaves image and padding or has a wrong size; -1: none."""
     coords = coords.contiguous()
-    return _C.first_invalid_box(coords.data_ptr(), coords.numel() // 4, *image_size, *size)
+    image_shape = (coords.shape[0], 0, *image_size)
+    patch_shape = (*coords.shape[:2], 0, *size)
+    return _C.first_invalid_box(**_patch_set(image_shape, coords, None, patch_shape, pixels, 1))
 
 
 def extract_patches_forward(
     images: Tensor,
     coords: Tensor,
     flips: Tensor | None,
-    scale: Sequence[float],
-    offset: Sequence[float],
+    index: Tensor | None,
+    pixels: Pixels,
     out: Tensor,
 ) -> None:
     """Write ``scale·pixel + offset`` of every box into ``out`` [B, K, C, h, w]."""
     coords = coords.contiguous()
     flips = None if flips is None else flips.contiguous()
+    index = None if index is None else index.contiguous()
     _C.extract_patches_forward(
-        **_patch_set(images.shape, coords, flips, out.shape, scale, _threads(out.numel())),
-        offset=offset,
+        **_patch_set(images.shape, coords, flips, out.shape, pixels, _threads(out.numel())),
+        offset=pixels.offset,
+        fill=pixels.fill,
         images=images.data_ptr(),
         image_type=SCALARS[images.dtype],
         image_strides=images.stride(),
+        index=_address(index),
         out=out.data_ptr(),
         out_type=SCALARS[out.dtype],
+        out_strides=out.stride()[2:],
     )
 
 
@@ -89,24 +98,28 @@ def extract_patches_backward(
     grad: Tensor,
     coords: Tensor,
     flips: Tensor | None,
-    scale: Sequence[float],
+    index: Tensor | None,
+    pixels: Pixels,
     grad_images: Tensor,
 ) -> None:
-    """Write into ``grad_images`` [B, C, H, W] the sum of the patches' gradients at every pixel."""
+    """Write into ``grad_images`` [N, C, H, W] the sum of the patches' gradients at every pixel."""
     coords = coords.contiguous()
     flips = None if flips is None else flips.contiguous()
     threads = _threads(grad.numel() + grad_images.numel())
-    double = torch.float64 in (grad.dtype, grad_images.dtype)
-    sum_dtype = torch.float64 if double else torch.float32
-    sums = grad_images.new_empty(threads, *grad_images.shape[2:], dtype=sum_dtype)
+    order = starts = None
+    if index is not None:
+        ordered, order = index.sort(stable=True)
+        starts = torch.searchsorted(ordered, torch.arange(grad_images.shape[0] + 1))
     _C.extract_patches_backward(
-        **_patch_set(grad_images.shape, coords, flips, grad.shape, scale, threads),
+        **_patch_set(grad_images.shape, coords, flips, grad.shape, pixels, threads),
         grad=grad.data_ptr(),
         grad_type=SCALARS[grad.dtype],
         grad_strides=grad.stride(),
         grad_images=grad_images.data_ptr(),
         image_type=SCALARS[grad_images.dtype],
-        sums=sums.data_ptr(),
+        images=grad_images.shape[0],
+        order=_address(order),
+        starts=_address(starts),
     )
 
 
@@ -115,21 +128,24 @@ def _patch_set(
     coords: Tensor,
     flips: Tensor | None,
     patch_shape: Sequence[int],
-    scale: Sequence[float],
+    pixels: Pixels,
     threads: int,
 ) -> dict[str, object]:
-    batch, channels, image_height, image_width = image_shape
+    _, channels, image_height, image_width = image_shape
     return {
         "coords": coords.data_ptr(),
         "flips": _address(flips),
-        "batch": batch,
+        "batch": coords.shape[0],
         "num_patches": patch_shape[1],
         "channels": channels,
         "image_height": image_height,
         "image_width": image_width,
         "height": patch_shape[3],
         "width": patch_shape[4],
-        "scale": scale,
+        "scale": pixels.scale,
+        "interpolation": INTERPOLATIONS.index(pixels.interpolation),
+        "antialias": pixels.antialias,
+        "padding": PADDING_MODES.index(pixels.padding_mode),
         "threads": threads,
     }
 

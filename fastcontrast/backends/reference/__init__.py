@@ -17,9 +17,9 @@ from fastcontrast.backends.reference.extract_patches import (
     extract_patches_backward,
     extract_patches_forward,
     first_invalid_box,
-    sample_coords,
 )
 from fastcontrast.backends.reference.nearest import nearest_columns
+from fastcontrast.backends.reference.sample_coords import sample_coords
 from fastcontrast.backends.reference.triplet_distances import (
     triplet_difference_backward,
     triplet_difference_forward,
