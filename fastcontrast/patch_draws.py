@@ -234,7 +234,7 @@ def check_ratio(ratio: Sequence[float]) -> tuple[float, float]:
 def _pair(name: str, values: Sequence[float]) -> tuple[float, float]:
     is_pair = isinstance(values, (tuple, list)) and len(values) == 2
     if not is_pair or any(
-        not isinstance(v, (int, float)) or isinstance(v, bool) or math.isnan(v) for v in values
+        not isinstance(v, (int, float)) or isinstance(v, bool) or v != v for v in values
     ):
         raise TypeError(f"{name} must be a pair (low, high) of numbers, got {values!r}")
     return float(values[0]), float(values[1])
