@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastcontrast
@@ -19,6 +20,7 @@ from benchmarks import image_libraries
 
 BATCH, CHANNELS, SIDE = 256, 3, 96
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SCALE = (0.08, 1.0)
 CASES = [(2, 32), (8, 32), (2, 64), (8, 64)]
 # ((x/255) - mean)/std in three roundings against one multiply-add: 3 eps of values up to 5.
 TOLERANCE = 3e-6
@@ -85,6 +87,34 @@ def libraries(x: Tensor, k: int, p: int) -> dict[str, Callable[[], Any]]:
     return found
 
 
+def resizing_libraries(x: Tensor, k: int, p: int) -> dict[str, Callable[[], Any]]:
+    """Peers that crop, resize and normalise, each with its defaults: torchvision antialiases."""
+    found: dict[str, Callable[[], Any]] = {}
+    mean, std = channel_tensors()
+    if image_libraries.why_not("torchvision") is None:
+        v2 = torchvision_transforms()
+        one = v2.Compose(
+            [
+                v2.RandomResizedCrop(p, SCALE),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+            ]
+        )
+        found["torchvision per sample"] = lambda: torch.stack(
+            [one(image) for image in x for _ in range(k)]
+        )
+    if image_libraries.why_not("kornia") is None:
+        floats = x.float().div_(255)
+        for mode in ("slice", "resample"):
+            crop = image_libraries.kornia().augmentation.RandomResizedCrop(
+                (p, p), scale=SCALE, cropping_mode=mode
+            )
+            found[f"kornia batched, {mode}"] = lambda crop=crop: (
+                crop(floats.repeat_interleave(k, 0)).sub_(mean).div_(std)
+            )
+    return found
+
+
 def torchvision_transforms() -> Any:
     image_libraries.torchvision()
     from torchvision.transforms import v2
@@ -120,6 +150,37 @@ def test_forward(k: int, p: int, threads: int, race: Callable[..., None]) -> Non
             "unfold, gather": lambda: unfold_gather(x, patches.coords, p),
         }
         | libraries(x, k, p),
+        control="fill_",
+        warm=3,
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("k", "p"), [(2, 32), (8, 32), (2, 64)])
+def test_resized(k: int, p: int, threads: int, race: Callable[..., None]) -> None:
+    torch.set_num_threads(threads)
+    x = images()
+    out = torch.empty(BATCH, k, CHANNELS, p, p)
+    options: dict[str, Any] = dict(scale=SCALE, mean=MEAN, std=STD, seed=0)
+    patches = fastcontrast.random_patches(x, k, p, **options)
+    mean, std = channel_tensors()
+    for b in range(0, BATCH, 16):
+        for j, (y, a, h, w) in enumerate(patches.coords[b].tolist()):
+            crop = x[b, :, y : y + h, a : a + w].float()[None] / 255
+            exact = F.interpolate(crop, (p, p), mode="bilinear", antialias=True)[0]
+            exact = (exact - mean) / std
+            # torch's own float32 weights are off by up to 1e-6 each, divided by std.
+            torch.testing.assert_close(patches.data[b, j], exact, rtol=0, atol=2e-5)
+    race(
+        f"resized, (K, P) = ({k}, {p}), {threads} thread{'s'[: threads - 1]}",
+        lambda: fastcontrast.random_patches(x, k, p, out=out, **options),
+        {
+            "fill_": lambda: out.fill_(0.5),
+            "fastcontrast, antialias=False": lambda: fastcontrast.random_patches(
+                x, k, p, out=out, antialias=False, **options
+            ),
+        }
+        | resizing_libraries(x, k, p),
         control="fill_",
         warm=3,
     )

@@ -153,8 +153,8 @@ bool resample(const PatchSet& set, const Images& images, const PatchOutput& outp
       prepare(r, set, patch);
       load_crop(r, set, in, images.stride[2], images.stride[3],
                 (T)channel_value(set.fill, set.fill_count, channel, 0.0));
-      for (int64_t y = 0; y < set.height; ++y, out += output.stride[1]) {
-        const T* line = resampled_row(r, y);
+      const T* line = resampled_plane(r);
+      for (int64_t y = 0; y < set.height; ++y, out += output.stride[1], line += set.width) {
         if (output.stride[2] == 1) {
           map_row<Stride::forward, false>(line, 1, out, set.width, a, b);
         } else {

@@ -74,13 +74,14 @@ void build_axis(Axis<T>& axis, const PatchSet& set, int64_t in, int64_t out, boo
     for (int64_t t = 0; t < taps.count; ++t) {
       total += bilinear_numerator(pixel, taps.first + t, in, out, radius);
     }
+    const double unit = 1.0 / (double)total;
     for (int64_t t = 0; t < axis.taps; ++t) {
       const bool used = t < taps.count;
       const int64_t j = taps.first + (used ? t : 0);
       axis.source[t * out + i] = (int32_t)j;
       axis.weight[t * out + i] =
           single ? (T)1
-          : used ? (T)((double)bilinear_numerator(pixel, j, in, out, radius) / (double)total)
+          : used ? (T)((double)bilinear_numerator(pixel, j, in, out, radius) * unit)
                  : (T)0;
     }
   }
@@ -90,9 +91,12 @@ template <typename T>
 struct Resampler {
   void* memory;
   Axis<T> rows, columns;
-  T* crop;   // [box height, box width]
-  T* mixed;  // [box width]
-  T* line;   // [patch width]
+  T* crop;    // [box height, box width]
+  T* mixed;   // [box width]
+  T* line;    // [patch width]
+  T* sums;    // [patch height, box width], then [patch width, patch height]
+  T* turned;  // [box width, patch height]
+  T* plane;   // [patch height, patch width]
   int64_t patch;
   Box box;
 };
@@ -107,13 +111,19 @@ bool open_resampler(Resampler<T>& r, const PatchSet& set) {
   }
   const int64_t row_taps = 2 * height + 3 * set.height;  // out·(2·max(in, out)/out + 1) at most
   const int64_t column_taps = 2 * width + 3 * set.width;
-  const int64_t numbers = height * width + width + set.width + row_taps + column_taps;
+  const int64_t longer = width > set.width ? width : set.width;
+  const int64_t between = set.height * longer, plane = set.height * set.width;
+  const int64_t numbers =
+      height * width + width + set.width + row_taps + column_taps + 2 * between + plane;
   r.memory = malloc(numbers * sizeof(T) + (row_taps + column_taps) * sizeof(int32_t));
   if (!r.memory) return false;
   r.crop = static_cast<T*>(r.memory);
   r.mixed = r.crop + height * width;
   r.line = r.mixed + width;
-  r.rows.weight = r.line + set.width;
+  r.sums = r.line + set.width;
+  r.turned = r.sums + between;
+  r.plane = r.turned + between;
+  r.rows.weight = r.plane + plane;
   r.columns.weight = r.rows.weight + row_taps;
   r.rows.source = reinterpret_cast<int32_t*>(r.columns.weight + column_taps);
   r.columns.source = r.rows.source + row_taps;
@@ -170,47 +180,104 @@ void load_crop(Resampler<T>& r, const PatchSet& set, const In* in, int64_t row_s
   }
 }
 
-// Row y of the patch, from the crop.
+// out[0..width) = Σ_t weight[t] · row source[t] of `in`, for pixel i of an axis.
 template <typename T>
-const T* resampled_row(Resampler<T>& r, int64_t y) {
-  const int64_t in_width = r.box.width, out_width = r.columns.out;
-  const T* mixed = r.crop + r.rows.source[y] * in_width;
-  if (r.rows.taps > 1) {
-    T* __restrict sums = r.mixed;
-    const T first = r.rows.weight[y];
+FC_INLINE void mix_rows(const Axis<T>& axis, int64_t i, const T* in, int64_t width,
+                        T* __restrict out) {
+  const T first = axis.weight[i];
+  const T* __restrict row = in + axis.source[i] * width;
 #pragma omp simd
-    for (int64_t x = 0; x < in_width; ++x) sums[x] = first * mixed[x];
-    for (int64_t t = 1; t < r.rows.taps; ++t) {
-      const T weight = r.rows.weight[t * r.rows.out + y];
-      if (weight == (T)0) break;
-      const T* __restrict row = r.crop + r.rows.source[t * r.rows.out + y] * in_width;
+  for (int64_t x = 0; x < width; ++x) out[x] = first * row[x];
+  int64_t t = 1;
+  for (; t + 1 < axis.taps; t += 2) {
+    const int64_t one = t * axis.out + i, two = one + axis.out;
+    if (axis.weight[two] == (T)0) break;
+    const T a = axis.weight[one], b = axis.weight[two];
+    const T* __restrict row_a = in + axis.source[one] * width;
+    const T* __restrict row_b = in + axis.source[two] * width;
 #pragma omp simd
-      for (int64_t x = 0; x < in_width; ++x) sums[x] += weight * row[x];
-    }
-    mixed = sums;
+    for (int64_t x = 0; x < width; ++x) out[x] = out[x] + a * row_a[x] + b * row_b[x];
   }
-  T* __restrict line = r.line;
-  const int32_t* __restrict source = r.columns.source;
-  const T* __restrict weight = r.columns.weight;
-  if (r.columns.taps == 1) {
-    for (int64_t x = 0; x < out_width; ++x) line[x] = mixed[source[x]];
-    return line;
-  }
+  for (; t < axis.taps; ++t) {
+    const T weight = axis.weight[t * axis.out + i];
+    if (weight == (T)0) break;  // an unused tap must not turn an infinite pixel into NaN
+    row = in + axis.source[t * axis.out + i] * width;
 #pragma omp simd
-  for (int64_t x = 0; x < out_width; ++x) line[x] = weight[x] * mixed[source[x]];
-  for (int64_t t = 1; t < r.columns.taps; ++t) {
-    source += out_width;
-    weight += out_width;
-    // An unused tap must not turn an infinite pixel into NaN.
-#pragma omp simd
-    for (int64_t x = 0; x < out_width; ++x) {
-      line[x] += weight[x] == (T)0 ? (T)0 : weight[x] * mixed[source[x]];
-    }
+    for (int64_t x = 0; x < width; ++x) out[x] += weight * row[x];
   }
-  return line;
 }
 
-// The transpose of resampled_row: adds row y of a patch's gradient, in r.line, to the crop's.
+#if defined(__AVX2__)
+// out[c][r] = in[r][c] for a square of 8.
+FC_INLINE void turn_square(const float* in, int64_t in_step, float* out, int64_t out_step) {
+  __m256 row[8], pair[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(in + i * in_step);
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    row[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    row[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xEE);
+    row[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    row[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + i * out_step, _mm256_permute2f128_ps(row[i], row[i + 4], 0x20));
+    _mm256_storeu_ps(out + (i + 4) * out_step, _mm256_permute2f128_ps(row[i], row[i + 4], 0x31));
+  }
+}
+#endif
+
+// out[c][r] = in[r][c].
+template <typename T>
+FC_INLINE void turn(const T* __restrict in, int64_t rows, int64_t columns, T* __restrict out) {
+  int64_t squares = 0, whole = 0;  // rows and columns that lie in squares of 8
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    squares = rows / 8 * 8, whole = columns / 8 * 8;
+    for (int64_t r = 0; r < squares; r += 8) {
+      for (int64_t c = 0; c < whole; c += 8) {
+        turn_square(in + r * columns + c, columns, out + c * rows + r, rows);
+      }
+    }
+  }
+#endif
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r < squares ? whole : 0; c < columns; ++c) {
+      out[c * rows + r] = in[r * columns + c];
+    }
+  }
+}
+
+// The patch [patch height, patch width], from the crop. Columns are mixed as rows of the plane
+// turned on its side: contiguous sums are several times faster than gathers.
+template <typename T>
+const T* resampled_plane(Resampler<T>& r) {
+  const int64_t in_width = r.box.width, height = r.rows.out, width = r.columns.out;
+  const bool columns = r.columns.taps > 1;
+  for (int64_t y = 0; y < height; ++y) {
+    T* out = r.sums + y * in_width;
+    if (r.rows.taps > 1) {
+      mix_rows(r.rows, y, r.crop, in_width, out);
+    } else {
+      memcpy(out, r.crop + r.rows.source[y] * in_width, in_width * sizeof(T));
+    }
+    if (columns) continue;
+    T* line = r.plane + y * width;
+    for (int64_t x = 0; x < width; ++x) line[x] = out[r.columns.source[x]];
+  }
+  if (!columns) return r.plane;
+  turn(r.sums, height, in_width, r.turned);
+  for (int64_t x = 0; x < width; ++x) {
+    mix_rows(r.columns, x, r.turned, height, r.sums + x * height);
+  }
+  turn(r.sums, width, height, r.plane);
+  return r.plane;
+}
+
+// The transpose of resampled_plane, row by row: adds row y of a patch's gradient, in r.line, to the
+// crop's.
 template <typename T>
 void add_resampled_row(Resampler<T>& r, int64_t y) {
   const int64_t in_width = r.box.width, out_width = r.columns.out;
