@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastcontrast.losses.info_nce import info_nce_loss
@@ -15,9 +18,10 @@ def spatial_contrasting_loss(
     temperature: float | Tensor = 1.0,
     symmetric: bool = False,
     reduction: str = "mean",
+    return_stats: Sequence[str] = (),
     precision: str = "auto",
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     r"""Softmax over negative distances between patch embeddings of the same and of other images.
 
     .. math::
@@ -38,11 +42,12 @@ def spatial_contrasting_loss(
         symmetric: Also contrast each positive with all anchors, and average the two losses.
         reduction: ``"mean"`` and ``"sum"`` give a scalar, ``"none"`` gives [M]. The mean of no rows
             is 0.
+        return_stats: See :func:`fastcontrast.info_nce_loss`.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
     Returns:
-        Loss in nats, float32 (float64 for float64 inputs).
+        Loss in nats, float32 (float64 for float64 inputs); ``(loss, stats)`` with ``return_stats``.
 
     Raises:
         ValueError: If the shapes differ, or an option is not as above.
@@ -69,6 +74,7 @@ def spatial_contrasting_loss(
         temperature=temperature,
         symmetric=symmetric,
         reduction=reduction,
+        return_stats=return_stats,
         precision=precision,
         backend=backend,
     )
@@ -83,6 +89,7 @@ class SpatialContrastingLoss(nn.Module):
         temperature: float | Tensor = 1.0,
         symmetric: bool = False,
         reduction: str = "mean",
+        return_stats: Sequence[str] = (),
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -90,10 +97,11 @@ class SpatialContrastingLoss(nn.Module):
         self.temperature = temperature
         self.symmetric = symmetric
         self.reduction = reduction
+        self.return_stats = tuple(return_stats)
         self.precision = precision
         self.backend = backend
 
-    def forward(self, anchors: Tensor, positives: Tensor) -> Tensor:
+    def forward(self, anchors: Tensor, positives: Tensor) -> Any:
         """See :func:`spatial_contrasting_loss`."""
         return spatial_contrasting_loss(
             anchors,
@@ -101,6 +109,7 @@ class SpatialContrastingLoss(nn.Module):
             temperature=self.temperature,
             symmetric=self.symmetric,
             reduction=self.reduction,
+            return_stats=self.return_stats,
             precision=self.precision,
             backend=self.backend,
         )

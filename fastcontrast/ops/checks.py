@@ -159,11 +159,46 @@ def check_indices(
     return value.to(torch.int64)
 
 
+def check_targets(
+    value: Tensor, rows: Tensor, count: int, ignore_index: int
+) -> tuple[Tensor, bool]:
+    """Targets as int64 [M] with -1 for an ignored row, and whether none is known to be ignored.
+
+    Raises if one is out of range. The range is checked on CPU only: on a GPU that would wait for the device.
+    """
+    check_integers("target", value, (rows.shape[0],), rows.device)
+    ignored = value == ignore_index
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not ignored.any():
+            return check_indices("target", value, rows, 0, count, "a key's index"), True
+        check_indices("target", value[~ignored], value[~ignored], 0, count, "a key's index")
+    return value.to(torch.int64).masked_fill(ignored, -1), False
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise unless ``value`` is a number in [0, 1)."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+
+
+def check_row_weight(value: Tensor, rows: Tensor) -> None:
+    """Raise unless ``value`` is a floating-point tensor [M] on the device of the rows."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"row_weight must be a floating-point tensor, got {kind}")
+    if value.shape != (rows.shape[0],):
+        raise ValueError(f"row_weight must have shape [{rows.shape[0]}], got {list(value.shape)}")
+    if value.device != rows.device:
+        raise ValueError(f"row_weight must be on {rows.device}, got {value.device}")
+
+
 def check_distinct(name: str, value: Tensor) -> None:
     """Raise if an index occurs twice. Checked on CPU only: on a GPU that would wait for it."""
     if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() < 2:
         return
-    ordered = value.sort().values
+    ordered = value[value >= 0].sort().values  # -1 is an ignored row
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
     if repeated.numel():
         raise ValueError(f"{name} must not repeat an index here, got {int(repeated[0])} twice")

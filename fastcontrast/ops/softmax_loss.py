@@ -48,6 +48,7 @@ def softmax_loss(
     *,
     metric: str,
     scale: float | Tensor,
+    own: Tensor | None = None,
     precision: str,
     backend: str | None,
 ) -> Tensor:
@@ -62,6 +63,7 @@ def softmax_loss(
             share a positive.
         metric: ``"l2"``, ``"sqeuclidean"`` or ``"dot"``.
         scale: See :func:`~fastcontrast.distance_softmax`.
+        own: A further column left out of each row, int64 [M]: itself. Not together with c.
         precision: See :func:`~fastcontrast.distance_softmax`.
         backend: See :func:`~fastcontrast.distance_softmax`.
 
@@ -73,14 +75,15 @@ def softmax_loss(
     )
     if torch.compiler.is_compiling() or not differentiates:
         return row_losses_of(
-            x, y, target, weights, metric=metric, scale=scale, precision=precision, backend=backend
-        ).sum()
+            x, y, target, weights, metric=metric, scale=scale, own=own, precision=precision,
+            backend=backend,
+        ).sum()  # fmt: skip
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = x.to(dtype), y.to(dtype)
     check_choice("precision", precision, PRECISION_CHOICES)
     backend = backends.resolve("distance_softmax", x, backend)
     precision = effective_precision(precision, x)
-    exclude = target[:, None]
+    exclude = _left_out(target, own)
     scores = Scores(metric, scale, exclude, None, None, "all", precision)
     scale_input = scale if isinstance(scale, Tensor) else None
     return _GradientsInForward.apply(x, y, scale_input, exclude, *weights, scores, backend)
@@ -94,6 +97,7 @@ def row_losses_of(
     *,
     metric: str,
     scale: float | Tensor,
+    own: Tensor | None = None,
     precision: str,
     backend: str | None,
 ) -> Tensor:
@@ -105,18 +109,24 @@ def row_losses_of(
     dtype = torch.promote_types(x.dtype, y.dtype)
     if dtype != accumulator_dtype(dtype):
         x, y, precision = x.float(), y.float(), "ieee"
+    exclude = _left_out(target, own)
     rows = distance_softmax(
-        x, y, metric=metric, scale=scale, exclude=target, precision=precision, backend=backend
+        x, y, metric=metric, scale=scale, exclude=exclude, precision=precision, backend=backend
     )
-    scores = Scores(metric, scale, target[:, None], None, None, "all", precision)
+    scores = Scores(metric, scale, exclude, None, None, "all", precision)
     paired_lse = None
     if weights.column_cross_entropy is not None:
-        exclude = transposed(scores, y.shape[0]).exclude
         columns = distance_softmax(
-            y, x, metric=metric, scale=scale, exclude=exclude, precision=precision, backend=backend
-        )
+            y, x, metric=metric, scale=scale, exclude=transposed(scores, y.shape[0]).exclude,
+            precision=precision, backend=backend,
+        )  # fmt: skip
         paired_lse = of_positive(columns.lse, scores)
     return row_losses(rows.lse, rows.entropy, paired_lse, positive_scores(x, y, scores), weights)
+
+
+def _left_out(target: Tensor, own: Tensor | None) -> Tensor:
+    """Columns left out of each row [M, E]; the first is its positive."""
+    return target[:, None] if own is None else torch.stack([target, own], 1)
 
 
 class _GradientsInForward(torch.autograd.Function):

@@ -1,0 +1,332 @@
+r"""Cross-entropy of one positive per row against negatives, with all that a loss may add to it.
+
+.. math::
+    L = \sum_i w_i \Bigl[\mathrm{softplus}(n_i - s_i^+) + \varepsilon\,(s_i^+ - \bar s_i)\Bigr]
+
+where :math:`n_i` is the log-sum-exp of row i's negatives, debiased or with hard ones weighted up,
+and the second term is label smoothing. Plain losses take their gradients in the forward pass
+(``ops/softmax_loss.py``), the others through ``distance_softmax``. Called by
+``fastcontrast/losses``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcontrast.backends.scores import Scores, transposed
+from fastcontrast.ops.checks import check_fraction, check_scale
+from fastcontrast.ops.distance_softmax import accumulator_dtype, distance_softmax, normalized
+from fastcontrast.ops.pairs import paired_distance, paired_scores
+from fastcontrast.ops.softmax_loss import LossWeights, row_losses_of, softmax_loss, softplus
+from fastcontrast.ops.statistics import (
+    LossStatistics,
+    LossWithStatistics,
+    check_statistics,
+    joined_entropy,
+    needs_rank,
+    share,
+)
+
+
+class Reweighting(NamedTuple):
+    """How negatives are counted; the defaults leave them as they are.
+
+    Attributes:
+        label_smoothing: Share of the target spread over all columns that count, in [0, 1).
+        tau_plus: Probability that a negative is of the positive's class, in [0, 1).
+        hardness: Concentration on negatives of high score, at least 0.
+    """
+
+    label_smoothing: float = 0.0
+    tau_plus: float = 0.0
+    hardness: float = 0.0
+
+    def check(self) -> None:
+        """Raise unless the options are in range and go together."""
+        check_fraction("label_smoothing", self.label_smoothing)
+        check_fraction("tau_plus", self.tau_plus)
+        if self.hardness != 0:
+            check_scale("hardness", self.hardness)
+        if self.label_smoothing and (self.tau_plus or self.hardness):
+            raise ValueError("label_smoothing does not go together with tau_plus or hardness")
+
+
+class Candidates(NamedTuple):
+    """Rows, columns and who belongs to whom; checked and, for "cosine", normalised.
+
+    Attributes:
+        x: Rows [M, D].
+        y: Columns [N, D].
+        target: Column of each row's positive, int64 [M]; -1 for a row that pays nothing.
+        own: A further column left out of each row, int64 [M], or None.
+        positive: Positives [M, D] that are no columns, or None for ``y[target]``.
+        negatives: Further columns of each row alone [M, K, D], or None.
+        metric: ``"l2"``, ``"sqeuclidean"`` or ``"dot"``.
+        scale: 1 / temperature.
+        lowest_score: The least that a score can be before the scale, or -inf: bounds ``tau_plus``.
+    """
+
+    x: Tensor
+    y: Tensor
+    target: Tensor
+    own: Tensor | None
+    positive: Tensor | None
+    negatives: Tensor | None
+    metric: str
+    scale: float | Tensor
+    lowest_score: float
+
+
+def contrast_loss(
+    candidates: Candidates,
+    *,
+    symmetric: bool = False,
+    row_weight: Tensor | None = None,
+    all_pay: bool = False,
+    reweighting: Reweighting = Reweighting(),  # noqa: B008 (immutable)
+    reduction: str,
+    return_stats: Sequence[str] = (),
+    precision: str,
+    backend: str | None,
+) -> Tensor | LossWithStatistics:
+    """Reduced loss, with statistics where asked for.
+
+    Args:
+        candidates: Rows and columns.
+        symmetric: Average with the same of the columns; no ``own``, ``positive`` or ``negatives``
+            then, and no two rows share a positive.
+        row_weight: Weights of the rows [M], checked, or None for 1; they carry no gradient.
+        all_pay: Whether every row is known to have a positive, which saves looking.
+        reweighting: Options, checked.
+        reduction: ``"mean"`` over the weights of the rows that pay (of none, 0), ``"sum"`` or
+            ``"none"``, checked.
+        return_stats: Figures to return beside the loss.
+        precision: See :func:`~fastcontrast.distance_softmax`.
+        backend: See :func:`~fastcontrast.distance_softmax`.
+    """
+    c = candidates
+    wanted, ks = check_statistics(return_stats)
+    weight = _row_weights(c, row_weight, all_pay, reduction)
+    both = weight / 2 if symmetric else weight
+    options = {"precision": precision, "backend": backend}
+    plain = (
+        reweighting == Reweighting()
+        and not wanted
+        and not ks
+        and c.positive is None
+        and c.negatives is None
+    )
+    if plain:
+        weights = LossWeights(both, None, both if symmetric else None)
+        function = row_losses_of if reduction == "none" else softmax_loss
+        return function(
+            c.x, c.y, c.target, weights, metric=c.metric, scale=c.scale, own=c.own, **options
+        )
+    if torch.promote_types(c.x.dtype, c.y.dtype) in (torch.float16, torch.bfloat16):
+        # Operands reach the loss by several ways: their gradients are added before one rounding.
+        c, options["precision"] = _widened(c), "ieee"
+    direction = _Direction(c, options)
+    loss = direction.losses(reweighting)
+    if symmetric:
+        turned = _Direction(_turned(c), options, positive=direction.positive, rows=c.target)
+        loss = loss + turned.losses(reweighting)
+    loss = torch.where(both == 0, 0.0, both * loss)
+    loss = loss if reduction == "none" else loss.sum()
+    if not return_stats:
+        return loss
+    return LossWithStatistics(loss, direction.statistics(wanted, ks))
+
+
+def _row_weights(c: Candidates, row_weight: Tensor | None, all_pay: bool, reduction: str) -> Tensor:
+    """Weight of each row's loss [M] in the reduced one; 0 where it has no positive."""
+    m, device = c.x.shape[0], c.x.device
+    dtype = accumulator_dtype(torch.promote_types(c.x.dtype, c.y.dtype))
+    if all_pay and row_weight is None:
+        weight = 1.0 / max(1, m) if reduction == "mean" else 1.0
+        return torch.full((m,), weight, dtype=dtype, device=device)
+    weight = (c.target >= 0).to(dtype)
+    if row_weight is not None:
+        weight = torch.where(weight == 0, 0.0, row_weight.detach().to(dtype))
+    if reduction != "mean":
+        return weight
+    total = weight.sum()
+    return weight / torch.where(total == 0, 1.0, total)
+
+
+def _widened(c: Candidates) -> Candidates:
+    wide = [None if v is None else v.float() for v in (c.x, c.y, c.positive, c.negatives)]
+    x, y, positive, negatives = wide
+    assert x is not None
+    assert y is not None
+    return c._replace(x=x, y=y, positive=positive, negatives=negatives)
+
+
+def _turned(c: Candidates) -> Candidates:
+    """Columns as rows: the target of a column is the row whose positive it is."""
+    scores = Scores(c.metric, c.scale, c.target[:, None], None, None, "all", "ieee")
+    exclude = transposed(scores, c.y.shape[0]).exclude
+    assert exclude is not None
+    return c._replace(x=c.y, y=c.x, target=exclude[:, 0])
+
+
+class _Negatives(NamedTuple):
+    """Of the negatives of every row [M]: log-sum-exp, sum of scores, number."""
+
+    lse: Tensor
+    score_sum: Tensor
+    number: Tensor
+
+
+class _Direction:
+    """Statistics of the negatives of every row, and the losses that follow from them.
+
+    ``rows`` says which of them to report, with their ``positive`` scores: in the other direction
+    of a symmetric loss, the column of each row's positive.
+    """
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        options: dict,
+        positive: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> None:
+        self.c, self.options = candidates, options
+        c = self.c
+        columns = [c.own] if c.positive is not None else [c.target, c.own]
+        left_out = [column for column in columns if column is not None]
+        self.exclude = torch.stack(left_out, 1) if left_out else None
+        self.rows = rows
+        self.positive = self._positive_scores() if positive is None else positive
+        self.own_scores = None
+        if c.negatives is not None and c.negatives.shape[1]:
+            self.own_scores = paired_scores(
+                c.x[:, None], c.negatives, metric=c.metric, scale=c.scale
+            )
+        self.plain = None
+
+    def _positive_scores(self) -> Tensor:
+        c = self.c
+        found = c.positive
+        if found is None:
+            # F.embedding, because the gradient of y[target] is not deterministic on two threads.
+            found = torch.nn.functional.embedding(c.target.clamp(min=0), c.y)
+        return paired_scores(c.x, found, metric=c.metric, scale=c.scale)
+
+    def _of_rows(self, values: Tensor) -> Tensor:
+        return values if self.rows is None else values[self.rows.clamp(min=0)]
+
+    def negatives(self, multiple: float = 1.0) -> _Negatives:
+        """Log-sum-exp of ``multiple`` times the scores of the negatives, their sum and number."""
+        c = self.c
+        scale = c.scale if multiple == 1.0 else multiple * c.scale
+        found = distance_softmax(
+            c.x, c.y, metric=c.metric, scale=scale, exclude=self.exclude, score_sum=True,
+            threshold=self.positive.detach() if self.rows is None else None, **self.options,
+        )  # fmt: skip
+        if multiple == 1.0:
+            self.plain = found
+        lse, score_sum, count = found.lse, found.score_sum, found.column_count
+        assert score_sum is not None
+        assert count is not None
+        if self.own_scores is not None:
+            own = (multiple * self.own_scores).logsumexp(1)
+            lse = torch.logaddexp(lse, own)
+            score_sum = score_sum + self.own_scores.sum(1)
+            count = count + self.own_scores.shape[1]
+        return _Negatives(lse, score_sum, count)
+
+    def losses(self, reweighting: Reweighting) -> Tensor:
+        """Loss of every reported row, unweighted."""
+        smoothing, tau_plus, hardness = reweighting
+        if hardness:
+            # N Σ e^{(1+β)s} / Σ e^{βs}: negatives weighted by e^{βs}, with weights of mean 1.
+            harder, found = self.negatives(1.0 + hardness), self.negatives(hardness)
+            mean = torch.where(found.number == 0, 0.0, found.lse)
+            log_count = found.number.clamp(min=1).to(mean.dtype).log()
+            found = found._replace(lse=harder.lse - mean + log_count)
+        else:
+            found = self.negatives()
+        lse, score_sum, count = (self._of_rows(values) for values in found)
+        if tau_plus:
+            lse = self._debiased(lse, count, tau_plus)
+        loss = softplus(lse - self.positive)
+        if smoothing:
+            total = score_sum + self.positive
+            loss = loss + smoothing * (self.positive - total / (count + 1))
+        return loss
+
+    def _debiased(self, lse: Tensor, count: Tensor, tau_plus: float) -> Tensor:
+        """Log N g, g = max((mean e^s - τ⁺ e^{s⁺}) / (1 - τ⁺), least e^s), without leaving logs."""
+        log_count = count.clamp(min=1).to(lse.dtype).log()
+        gap = self.positive + math.log(tau_plus) + log_count - lse
+        positive_part = (gap < 0) & (count > 0)
+        inside = torch.where(positive_part, gap, -1.0)
+        corrected = lse + torch.log(-torch.expm1(inside)) - math.log1p(-tau_plus)
+        corrected = torch.where(positive_part, corrected, -torch.inf)
+        # NaN, which no comparison holds for, must reach the loss.
+        corrected = torch.where(torch.isnan(gap), gap, corrected)
+        if self.c.lowest_score != -math.inf:
+            floor = log_count + self.c.lowest_score * self.c.scale
+            corrected = torch.maximum(corrected, floor)
+        return torch.where(count > 0, corrected, -torch.inf)
+
+    def statistics(self, wanted: set[str], ks: Sequence[int]) -> LossStatistics:
+        """The figures asked for; see :class:`LossStatistics`."""
+        with torch.no_grad():
+            return self._statistics(wanted, ks)
+
+    def _statistics(self, wanted: set[str], ks: Sequence[int]) -> LossStatistics:
+        if self.plain is None:  # hardness took the scores at other temperatures
+            self.negatives()
+        plain, positive, c = self.plain, self.positive.detach(), self.c
+        assert plain is not None
+        pays = c.target >= 0
+        lse, entropy, rank = plain.lse.detach(), plain.entropy.detach(), plain.rank
+        assert rank is not None
+        if self.own_scores is not None:
+            own = self.own_scores.detach()
+            own_entropy = torch.special.entr(own.softmax(1)).sum(1)
+            entropy = joined_entropy(lse, entropy, own.logsumexp(1), own_entropy)
+            lse = torch.logaddexp(lse, own.logsumexp(1))
+            rank = rank + (own > positive[:, None]).sum(1)
+        found: dict = {}
+        if "lse" in wanted:
+            found["lse"] = torch.where(pays, torch.logaddexp(lse, positive), lse)
+        if "entropy" in wanted:
+            joined = joined_entropy(lse, entropy, positive, 0.0)
+            found["entropy"] = torch.where(pays, joined, entropy)
+        if needs_rank(wanted, ks):
+            found["rank"] = rank if "rank" in wanted else None
+            found["top1"] = share(rank == 0, pays) if "top1" in wanted else None
+            found["recall"] = {k: share(rank < k, pays) for k in ks} or None
+        if "alignment" in wanted:
+            partner = c.positive
+            if partner is None:
+                partner = c.y[c.target.clamp(min=0)] if c.y.shape[0] else c.x
+            d2 = paired_distance(normalized(c.x), normalized(partner), squared=True)
+            found["alignment"] = torch.where(pays, d2, 0.0).sum() / pays.sum()
+        if "uniformity" in wanted:
+            found["uniformity"] = self._uniformity()
+        return LossStatistics(**found)
+
+    def _uniformity(self) -> Tensor:
+        c = self.c
+        x = normalized(c.x)
+        rows = distance_softmax(
+            x, normalized(c.y), metric="sqeuclidean", scale=2.0, exclude=self.exclude,
+            score_sum=True, **self.options,
+        )  # fmt: skip
+        lse, count = rows.lse, rows.column_count
+        assert count is not None
+        if c.negatives is not None and c.negatives.shape[1]:
+            flat = c.negatives.reshape(-1, c.negatives.shape[2])
+            own = normalized(flat).view(c.negatives.shape)
+            own = paired_scores(x[:, None], own, metric="sqeuclidean", scale=2.0)
+            lse, count = torch.logaddexp(lse, own.logsumexp(1)), count + own.shape[1]
+        return lse.logsumexp(0) - count.sum().to(lse.dtype).log()
