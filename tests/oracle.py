@@ -95,3 +95,36 @@ def triplet_margin(anchor, positive, negative, margin: float | None, metric: str
     if swap:
         b = min(b, math.dist(positive, negative) ** power)
     return math.log(1 + math.exp(a - b)) if margin is None else max(0.0, a - b + margin)
+
+
+def smoothed_cross_entropy(scores: Sequence[float], target: int, smoothing: float) -> float:
+    lse = log_sum_exp(scores)
+    share = smoothing / len(scores)
+    weights = [share + (1 - smoothing) * (j == target) for j in range(len(scores))]
+    return -sum(w * (s - lse) for w, s in zip(weights, scores, strict=True))
+
+
+def corrected_cross_entropy(
+    scores: Sequence[float], target: int, tau_plus: float, hardness: float, lowest: float
+) -> float:
+    positive = math.exp(scores[target])
+    negatives = [math.exp(s) for j, s in enumerate(scores) if j != target]
+    weights = [v**hardness for v in negatives]
+    total = sum(w * v for w, v in zip(weights, negatives, strict=True)) / sum(weights)
+    mean = max((total - tau_plus * positive) / (1 - tau_plus), math.exp(lowest))
+    return -math.log(positive / (positive + len(negatives) * mean))
+
+
+def supervised_contrast(scores: Sequence[float], positives: Sequence[int], form: str) -> float:
+    """Scores without the row's own; 0 without positives."""
+    if not positives:
+        return 0.0
+    shares = [math.exp(scores[p] - log_sum_exp(scores)) for p in positives]
+    if form == "in":
+        return -math.log(sum(shares) / len(shares))
+    return -sum(math.log(share) for share in shares) / len(shares)
+
+
+def siamese_contrast(x: Sequence[float], y: Sequence[float], same: bool, margin: float) -> float:
+    d = math.dist(x, y)
+    return d * d / 2 if same else max(0.0, margin - d) ** 2 / 2

@@ -8,6 +8,14 @@ import torch
 import fastcontrast as fc
 
 X, Y = torch.randn(4, 3), torch.randn(6, 3)
+
+
+def filled(embeddings: torch.Tensor) -> fc.MemoryQueue:
+    queue = fc.MemoryQueue(4)
+    queue.enqueue(embeddings)
+    return queue
+
+
 BAD_CALLS = {
     "target range": (
         lambda: fc.info_nce_loss(X, Y, torch.tensor([0, 1, 2, 6])),
@@ -91,6 +99,143 @@ BAD_CALLS = {
         lambda: fc.triplet_ratio_loss(X, X, X, objective="l1"),
         ValueError,
         "objective must be one of mse, nll",
+    ),
+    "ignored targets": (
+        lambda: fc.info_nce_loss(X, Y, torch.tensor([-100, 1, 2, 6])),
+        ValueError,
+        r"target must lie in 0\.\.5 \(a key's index\), got 1\.\.6",
+    ),
+    "row weight": (
+        lambda: fc.info_nce_loss(X, Y, row_weight=torch.ones(6)),
+        ValueError,
+        r"row_weight must have shape \[4\], got \[6\]",
+    ),
+    "row weight list": (
+        lambda: fc.info_nce_loss(X, Y, row_weight=[1.0]),
+        TypeError,
+        "row_weight must be a floating-point tensor, got list",
+    ),
+    "smoothing": (
+        lambda: fc.info_nce_loss(X, Y, label_smoothing=1.0),
+        ValueError,
+        "label_smoothing must be at least 0 and below 1, got 1.0",
+    ),
+    "tau plus": (lambda: fc.nt_xent_loss(X, X, tau_plus=-0.1), ValueError, "tau_plus must be at"),
+    "hardness": (
+        lambda: fc.nt_xent_loss(X, X, hardness=-1.0),
+        ValueError,
+        "hardness must be positive and finite, got -1.0",
+    ),
+    "smoothing and hardness": (
+        lambda: fc.nt_xent_loss(X, X, hardness=1.0, label_smoothing=0.1),
+        ValueError,
+        "label_smoothing does not go together with tau_plus or hardness",
+    ),
+    "statistics": (
+        lambda: fc.info_nce_loss(X, Y, return_stats=("recall@0",)),
+        ValueError,
+        "return_stats must name some of lse, .* got 'recall@0'",
+    ),
+    "statistics text": (
+        lambda: fc.info_nce_loss(X, Y, return_stats="rank"),
+        TypeError,
+        "return_stats must be a sequence of names, got the text 'rank'",
+    ),
+    "negatives": (
+        lambda: fc.info_nce_loss(X, Y, negatives=torch.randn(3, 2, 3)),
+        ValueError,
+        r"\[M, K, D\] with M=4, got \[3, 2, 3\]",
+    ),
+    "negatives list": (
+        lambda: fc.info_nce_loss(X, Y, negatives=[1]),
+        TypeError,
+        "negatives must be a tensor, got list",
+    ),
+    "in_batch": (
+        lambda: fc.info_nce_loss(X, Y, in_batch=False),
+        ValueError,
+        "in_batch=False pairs query i with key i and needs target=None and M = N, got M=4, N=6",
+    ),
+    "symmetric in_batch": (
+        lambda: fc.info_nce_loss(X, X, in_batch=False, symmetric=True),
+        ValueError,
+        "symmetric needs in_batch=True",
+    ),
+    "queue": (
+        lambda: fc.info_nce_loss(X, Y, queue=X),
+        TypeError,
+        "queue must be a MemoryQueue or None, got Tensor",
+    ),
+    "queue dim": (
+        lambda: fc.info_nce_loss(X, Y, queue=filled(torch.randn(2, 5))),
+        ValueError,
+        r"queue must hold embeddings \[Q, 3\] on cpu, got \[2, 5\]",
+    ),
+    "queue size": (lambda: fc.MemoryQueue(0), ValueError, "size must be at least 1, got 0"),
+    "queue labels": (
+        lambda: fc.supcon_loss(X, torch.arange(4), queue=filled(X)),
+        ValueError,
+        r"queue must hold labels: enqueue\(embeddings, labels\)",
+    ),
+    "queue labels once": (
+        lambda: filled(X).enqueue(X, torch.arange(4)),
+        ValueError,
+        "labels must be enqueued always or never",
+    ),
+    "queue entries": (
+        lambda: filled(X).enqueue(torch.randn(4, 7)),
+        ValueError,
+        r"embeddings must have D=3 as before, got \[4, 7\]",
+    ),
+    "views": (
+        lambda: fc.nt_xent_loss(X, Y),
+        ValueError,
+        "view1 and view2 must have the same shape",
+    ),
+    "features": (
+        lambda: fc.clip_loss(X, Y, 1.0),
+        ValueError,
+        "image_features and text_features must have the same shape",
+    ),
+    "logit scale": (
+        lambda: fc.clip_loss(X, X, 0.0),
+        ValueError,
+        "logit_scale must be positive and finite, got 0",
+    ),
+    "pairs of anchors": (
+        lambda: fc.multiple_negatives_ranking_loss(X, Y),
+        ValueError,
+        "anchor and positive must have the same shape",
+    ),
+    "form": (
+        lambda: fc.supcon_loss(X, torch.arange(4), form="both"),
+        ValueError,
+        "form must be one of out, in, got 'both'",
+    ),
+    "labels": (
+        lambda: fc.nca_loss(X, torch.arange(3)),
+        ValueError,
+        r"labels must have shape \[4\], got \[3\]",
+    ),
+    "key labels": (
+        lambda: fc.nca_loss(X, torch.arange(4), Y),
+        ValueError,
+        "key and key_labels must be given together",
+    ),
+    "proxies": (
+        lambda: fc.proxy_nca_loss(X, torch.tensor([0, 1, 2, 6]), Y),
+        ValueError,
+        r"labels must lie in 0\.\.5 \(a class\), got 0\.\.6",
+    ),
+    "same": (
+        lambda: fc.siamese_contrastive_loss(X, X, torch.ones(4)),
+        TypeError,
+        "same must be a bool tensor, got torch.float32",
+    ),
+    "siamese margin": (
+        lambda: fc.siamese_contrastive_loss(X, X, torch.ones(4) > 0, margin=0.0),
+        ValueError,
+        "margin must be positive and finite, got 0",
     ),
     "integer positive": (
         lambda: fc.triplet_ratio_loss(X, X.int(), X),

@@ -164,7 +164,8 @@ def check_targets(
 ) -> tuple[Tensor, bool]:
     """Targets as int64 [M] with -1 for an ignored row, and whether none is known to be ignored.
 
-    Raises if one is out of range. The range is checked on CPU only: on a GPU that would wait for the device.
+    Raises if one is out of range. The range is checked on CPU only: on a GPU that would wait for
+    the device.
     """
     check_integers("target", value, (rows.shape[0],), rows.device)
     ignored = value == ignore_index
