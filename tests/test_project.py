@@ -60,6 +60,8 @@ IMPORTERS = {
     "rich": ("train/", "cli.py"),
     "tyro": ("train/", "cli.py"),
     "safetensors": ("train/", "cli.py"),
+    "pytorch_metric_learning": ("compat/pytorch_metric_learning.py",),
+    "sentence_transformers": ("compat/sentence_transformers.py",),
     "torchvision": ("transforms.py",),
     "PIL": ("transforms.py",),
     "setuptools": (),

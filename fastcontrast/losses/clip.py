@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fastcontrast.ops.checks import check_choice, check_operands, check_scale
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
-from fastcontrast.ops.distance_softmax import accumulator_dtype, normalized
+from fastcontrast.ops.distance_softmax import accumulator_dtype
+from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.reduction import REDUCTIONS
 
 

@@ -19,7 +19,7 @@ from fastcontrast.ops.checks import (
     inverse_temperature,
 )
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
-from fastcontrast.ops.distance_softmax import normalized
+from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.reduction import REDUCTIONS
 
 

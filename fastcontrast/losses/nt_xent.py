@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastcontrast.losses.memory_queue import MemoryQueue, with_entries
 from fastcontrast.ops.checks import METRICS, check_choice, check_operands, inverse_temperature
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
-from fastcontrast.ops.distance_softmax import normalized
+from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.reduction import REDUCTIONS
 
 

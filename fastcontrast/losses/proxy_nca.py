@@ -14,7 +14,8 @@ from fastcontrast.ops.checks import (
     check_operands,
     inverse_temperature,
 )
-from fastcontrast.ops.distance_softmax import distance_softmax, normalized
+from fastcontrast.ops.distance_softmax import distance_softmax
+from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.pairs import paired_scores
 from fastcontrast.ops.reduction import REDUCTIONS, reduce
 

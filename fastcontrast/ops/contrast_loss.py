@@ -13,16 +13,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastcontrast.backends.scores import Scores, transposed
 from fastcontrast.ops.checks import check_fraction, check_scale
-from fastcontrast.ops.distance_softmax import accumulator_dtype, distance_softmax, normalized
+from fastcontrast.ops.distance_softmax import accumulator_dtype, distance_softmax
+from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.pairs import paired_distance, paired_scores
-from fastcontrast.ops.softmax_loss import LossWeights, row_losses_of, softmax_loss, softplus
+from fastcontrast.ops.softmax_loss import (
+    LossWeights,
+    log_add,
+    row_losses_of,
+    softmax_loss,
+    softplus,
+)
 from fastcontrast.ops.statistics import (
     LossStatistics,
     LossWithStatistics,
@@ -93,8 +100,8 @@ def contrast_loss(
     return_stats: Sequence[str] = (),
     precision: str,
     backend: str | None,
-) -> Tensor | LossWithStatistics:
-    """Reduced loss, with statistics where asked for.
+) -> Any:
+    """Reduced loss, or :class:`LossWithStatistics` where statistics are asked for.
 
     Args:
         candidates: Rows and columns.
@@ -236,7 +243,7 @@ class _Direction:
         assert count is not None
         if self.own_scores is not None:
             own = (multiple * self.own_scores).logsumexp(1)
-            lse = torch.logaddexp(lse, own)
+            lse = log_add(lse, own)
             score_sum = score_sum + self.own_scores.sum(1)
             count = count + self.own_scores.shape[1]
         return _Negatives(lse, score_sum, count)
@@ -293,11 +300,11 @@ class _Direction:
             own = self.own_scores.detach()
             own_entropy = torch.special.entr(own.softmax(1)).sum(1)
             entropy = joined_entropy(lse, entropy, own.logsumexp(1), own_entropy)
-            lse = torch.logaddexp(lse, own.logsumexp(1))
+            lse = log_add(lse, own.logsumexp(1))
             rank = rank + (own > positive[:, None]).sum(1)
         found: dict = {}
         if "lse" in wanted:
-            found["lse"] = torch.where(pays, torch.logaddexp(lse, positive), lse)
+            found["lse"] = torch.where(pays, log_add(lse, positive), lse)
         if "entropy" in wanted:
             joined = joined_entropy(lse, entropy, positive, 0.0)
             found["entropy"] = torch.where(pays, joined, entropy)
@@ -328,5 +335,5 @@ class _Direction:
             flat = c.negatives.reshape(-1, c.negatives.shape[2])
             own = normalized(flat).view(c.negatives.shape)
             own = paired_scores(x[:, None], own, metric="sqeuclidean", scale=2.0)
-            lse, count = torch.logaddexp(lse, own.logsumexp(1)), count + own.shape[1]
+            lse, count = log_add(lse, own.logsumexp(1)), count + own.shape[1]
         return lse.logsumexp(0) - count.sum().to(lse.dtype).log()

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcontrast.ops.distance_softmax import distance_softmax, normalized
+from fastcontrast.ops.distance_softmax import distance_softmax
+from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.softmax_loss import softplus
 
 

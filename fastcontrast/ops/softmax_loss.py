@@ -37,7 +37,7 @@ from fastcontrast.ops.distance_softmax import (
     without_tensors,
 )
 
-__all__ = ["LossWeights", "row_losses_of", "softmax_loss", "softplus"]
+__all__ = ["LossWeights", "log_add", "row_losses_of", "softmax_loss", "softplus"]
 
 
 def softmax_loss(
@@ -122,6 +122,12 @@ def row_losses_of(
         )  # fmt: skip
         paired_lse = of_positive(columns.lse, scores)
     return row_losses(rows.lse, rows.entropy, paired_lse, positive_scores(x, y, scores), weights)
+
+
+def log_add(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a + e^b), -inf with gradient 0 where both are -inf (torch's has NaN there)."""
+    nothing = torch.isneginf(a) & torch.isneginf(b)
+    return torch.where(nothing, -torch.inf, torch.logaddexp(torch.where(nothing, 0.0, a), b))
 
 
 def _left_out(target: Tensor, own: Tensor | None) -> Tensor:
