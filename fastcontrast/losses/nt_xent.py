@@ -83,6 +83,9 @@ def nt_xent_loss(
     reweighting.check()
     m = view1.shape[0]
     rows = torch.cat([view1, view2])
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        # Every row is a column too: its two gradients are added before they are rounded.
+        rows, precision = rows.float(), "ieee"
     lowest = -1.0 if metric in ("cosine", "dot") else float("-inf")
     if metric == "cosine":
         rows, metric = normalized(rows), "dot"
