@@ -104,9 +104,11 @@ def test_no_recompilation_over_batch_sizes() -> None:
         lambda x, y, t: info_nce_loss(x, y, t, metric="cosine"),
         fullgraph=True, dynamic=True, backend=graphs,
     )  # fmt: skip
+    counts = set()
     for m in range(5, 25):
         loss(torch.randn(m, 3), torch.randn(m + 30, 3), torch.arange(m)).item()
-    assert graphs.frame_count == 1
+        counts.add(graphs.frame_count)
+    assert len(counts) == 1  # the first call may hand the backend its graph more than once
 
 
 @pytest.mark.parametrize(
