@@ -4,6 +4,9 @@
 are subclasses of the library's own: trainers, model cards and its other options know them.
 """
 
+# Where the library is not installed, pyright takes this file for it.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from typing import Any
