@@ -30,8 +30,20 @@ from fastcontrast.backends.triton import launch as launches
 from fastcontrast.backends.triton.launch_table import SIZES
 from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
 from fastcontrast.backends.triton.row_statistics import row_statistics_kernel
+from fastcontrast.backends.triton.triplet_distances import (
+    triplet_backward_kernel,
+    triplet_forward_kernel,
+    triplet_tile,
+)
 
 METRICS = ("l2", "sqeuclidean", "dot")
+# Kernels without products, whose sizes are their own and not of the launch table.
+TRIPLETS = {
+    "triplets forward": triplet_forward_kernel,
+    "triplets backward": triplet_backward_kernel,
+}
+TRIPLET_KINDS = ("float64", "ieee", "bfloat16", "float16")
+TRIPLET_DIMS = (32, 128, 1024)
 # Triton's names of the dtypes of (operands, points as given, sums) of each kind.
 DTYPES = {
     "float64": ("fp64", "fp64", "fp64"),
@@ -55,7 +67,7 @@ TABLE = Path(__file__).resolve().parents[1] / "docs" / "triton_kernels.md"
 
 
 class Entry(NamedTuple):
-    """One compilation: an entry of the launch table with what a call makes constant."""
+    """One compilation: an entry of the launch table or a kernel of triplets, and its constants."""
 
     architecture: int
     kernel: str
@@ -84,6 +96,13 @@ def every_entry() -> Iterator[Entry]:
             yield Entry(arch, kernel, kind, dim, metric, True, many)
             if kernel == "gradients":
                 yield Entry(arch, kernel, kind, dim, metric, False, many)
+    yield from (
+        Entry(arch, kernel, kind, dim, metric, many=many)
+        for arch, kernel, kind, dim, metric, many in itertools.product(
+            launches.ARCHITECTURES, TRIPLETS, TRIPLET_KINDS, TRIPLET_DIMS, METRICS[:2],
+            (False, True),
+        )
+    )  # fmt: skip
 
 
 def subset() -> list[Entry]:
@@ -95,24 +114,33 @@ def subset() -> list[Entry]:
         for kind in kinds[arch]
         if (arch, kernel, kind, 128) in SIZES
     ]
-    return [*found, Entry(90, "statistics", "bfloat16", 256, "dot", many=True)]
+    found.append(Entry(90, "statistics", "bfloat16", 256, "dot", many=True))
+    return found + [
+        Entry(arch, kernel, kind, 128, "l2", many=True)
+        for arch, kernel in itertools.product(launches.ARCHITECTURES, TRIPLETS)
+        for kind in (kinds[arch] if arch != 90 else TRIPLET_KINDS)
+    ]
 
 
 def compiled(entry: Entry, sizes: launches.Launch | None = None) -> Resources:
     """Compile one entry and read what it takes."""
-    if sizes is None:
-        capability = (entry.architecture // 10, entry.architecture % 10)
-        sizes = launches.launch(entry.kernel, entry.kind, entry.dim, capability, many=entry.many)
-    kernel = row_statistics_kernel if entry.kernel == "statistics" else point_gradients_kernel
-    constants = _constants(entry, sizes)
+    sizes = sizes or launch_of(entry)
+    kernel, constants, type_of = row_statistics_kernel, _constants, _type
+    if entry.kernel in TRIPLETS:
+        kernel, constants, type_of = TRIPLETS[entry.kernel], _triplet_constants, _triplet_type
+    elif entry.kernel == "gradients":
+        kernel = point_gradients_kernel
+    constants = constants(entry, sizes)
     signature, known, hints = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             known[(position,)] = constants[name]
             continue
-        signature[name] = _type(name, entry.kind)
-        aligned = ("x_stride", "y_stride", "own_stride", "other_stride", "dim")
+        signature[name] = type_of(name, entry.kind)
+        aligned = (
+            "x_stride", "y_stride", "own_stride", "other_stride", "dim", "a_row", "p_row", "n_row",
+        )  # fmt: skip
         if signature[name].startswith("*") or name in aligned:
             hints[(position,)] = [["tt.divisibility", 16]]
     result = triton.compile(
@@ -132,6 +160,15 @@ def compiled(entry: Entry, sizes: launches.Launch | None = None) -> Resources:
         registers, stack, shared, len(re.findall(matrix, result.asm["ptx"])),
         result.asm["ttgir"].count("async_copy_global"), programs * sizes.warps,
     )  # fmt: skip
+
+
+def launch_of(entry: Entry) -> launches.Launch:
+    """Sizes of a call on a GPU of the entry's architecture, with rows enough to fill it."""
+    if entry.kernel in TRIPLETS:
+        block, chunk = triplet_tile(1 << 30, entry.dim, 8 if entry.kind == "float64" else 4, 1)
+        return launches.Launch(block, chunk, chunk, chunk, 4, 1)
+    capability = (entry.architecture // 10, entry.architecture % 10)
+    return launches.launch(entry.kernel, entry.kind, entry.dim, capability, many=entry.many)
 
 
 def _type(name: str, kind: str) -> str:
@@ -179,6 +216,34 @@ def _constants(entry: Entry, sizes: launches.Launch) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _triplet_type(name: str, kind: str) -> str:
+    _, given, acc = DTYPES[kind]
+    if name in ("m", "dim", "a_row", "p_row", "n_row", "upstream_stride"):
+        return "i32"
+    return "*" + (given if name in ("a", "p", "n", "da", "dp", "dn") else acc)
+
+
+def _triplet_constants(entry: Entry, sizes: launches.Launch) -> dict[str, Any]:
+    """Distances alone, or with ``many`` the difference with swap; contiguous columns."""
+    many = entry.many
+    unused = (
+        ("grad_positive", "grad_negative", "grad_others") if many
+        else ("difference", "slope", "upstream", "grad_others")
+    )  # fmt: skip
+    return {
+        **dict.fromkeys(("a_column", "p_column", "n_column"), 1),
+        **dict.fromkeys(unused, None),
+        **dict.fromkeys(("HAS_POSITIVE", "HAS_NEGATIVE", "NEEDS_A", "NEEDS_P", "NEEDS_N"), True),
+        "L2": entry.metric == "l2",
+        "BETWEEN": many,
+        "DIFFERENCE": many,
+        "HAS_OTHERS": many,
+        "ACC": tl.float64 if entry.kind == "float64" else tl.float32,
+        "BLOCK": sizes.block,
+        "CHUNK": sizes.other,
+    }
+
+
 def _registers(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack: spilled ones lie there."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -207,9 +272,8 @@ def document(found: dict[Entry, Resources]) -> str:
         "| --- " * len(COLUMNS) + "|",
     ]
     for e, r in found.items():
-        capability = (e.architecture // 10, e.architecture % 10)
-        sizes = launches.launch(e.kernel, e.kind, e.dim, capability, many=e.many)
-        side = "" if e.kernel == "statistics" else (" of rows" if e.rows else " of columns")
+        sizes = launch_of(e)
+        side = (" of rows" if e.rows else " of columns") if e.kernel == "gradients" else ""
         extras = ", all options" if e.many else ""
         lines.append(
             f"| {e.architecture} | {e.kernel}{side}{extras} | {e.kind} | {e.dim} | {e.metric} | "

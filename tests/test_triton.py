@@ -126,6 +126,19 @@ def test_a_row_stride_beyond_32_bits() -> None:
     assert lse.item() == pytest.approx(-2 + math.log(3), abs=1e-5)
 
 
+@pytest.mark.parametrize("dim", [0, 1, 100, 5000])
+@pytest.mark.parametrize("rows", [1, 600, 100_000])
+def test_tiles_of_triplets_fill_the_device(rows: int, dim: int) -> None:
+    from fastcontrast.backends.triton.triplet_distances import TILE_BYTES, triplet_tile
+
+    block, chunk = triplet_tile(rows, dim, 4, processors=132)
+    assert 16 <= chunk <= 256
+    assert 4 * block * chunk <= TILE_BYTES
+    assert math.ceil(rows / block) >= min(rows, 2 * 132)
+    if rows == 100_000:  # enough for whole tiles, but of the narrowest points
+        assert 4 * block * chunk == TILE_BYTES
+
+
 def test_the_variant_is_the_one_that_runs() -> None:
     assert isinstance(TRITON, Variant)
     assert TRITON.device == ("cpu" if INTERPRETED else "cuda")

@@ -18,12 +18,19 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Ops that have kernels here, and the dtypes that they take.
-DTYPES: dict[str, tuple[torch.dtype, ...]] = {"distance_softmax": FLOATING}
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "distance_softmax": FLOATING,
+    "triplet_distances": FLOATING,
+}
 # Entry of the backend table -> file of this folder that holds it.
 ENTRIES: dict[str, str] = {
     "distance_softmax_forward": "distance_softmax",
     "distance_softmax_backward": "distance_softmax",
     "softmax_loss": "distance_softmax",
+    "triplet_distances_forward": "triplet_distances",
+    "triplet_distances_backward": "triplet_distances",
+    "triplet_difference_forward": "triplet_distances",
+    "triplet_difference_backward": "triplet_distances",
 }
 
 # Triton reads the variable when a kernel is decorated, and its own functions are decorated when it
@@ -81,6 +88,13 @@ def _device_problem(tensor: Tensor) -> str | None:
         found = ".".join(map(str, capability))
         return f"the Triton kernels need compute capability 8.0, this device has {found}"
     return None
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; one under the interpreter."""
+    if INTERPRETED:
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ from fastcontrast.backends.scores import (
     empty_statistics,
     transposed,
 )
-from fastcontrast.backends.triton import INTERPRETED
+from fastcontrast.backends.triton import INTERPRETED, processors
 from fastcontrast.backends.triton.launch import (
     Launch,
     is_fused,
@@ -341,11 +341,7 @@ def _widths(dim: int, sizes: Launch) -> dict[str, int]:
 
 def _splits(count: int, others: int, sizes: Launch, device: torch.device) -> tuple[int, int]:
     """Parts of the other side for which programs of their own run, and the size of one."""
-    if INTERPRETED:
-        wanted = PROGRAMS_PER_PROCESSOR
-    else:
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        wanted = PROGRAMS_PER_PROCESSOR * processors
+    wanted = PROGRAMS_PER_PROCESSOR * processors(device)
     blocks, tiles = triton.cdiv(count, sizes.block), triton.cdiv(others, sizes.other)
     splits = max(1, min(wanted // blocks, tiles // TILES_PER_SPLIT))
     part = triton.cdiv(tiles, splits) * sizes.other
