@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "bf16_bindings.h"
 #include "cpu/distance_softmax.h"
 #include "cpu/extract_patches.h"
@@ -17,6 +18,7 @@
 #include "cpu/nearest.h"
 #include "cpu/triplet_distances.h"
 #if defined(FASTCONTRAST_HAVE_CUDA)
+#include "cuda/bindings.h"
 #include "cuda/device.h"
 #endif
 #if defined(_OPENMP)
@@ -28,12 +30,12 @@ namespace cpu = fastcontrast::cpu;
 
 namespace {
 
-using Address = std::uintptr_t;  // 0 stands for "none"
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using fastcontrast::Address;
+using fastcontrast::Addresses;
+using fastcontrast::at;
+using fastcontrast::triplet_distances_at;
+using fastcontrast::triplet_gradients_at;
+using fastcontrast::triplets_from;
 
 // The tile of a call, from the keyword arguments that forward and backward share.
 template <typename T>
@@ -303,34 +305,12 @@ std::int64_t first_invalid_box(const py::kwargs& a) {
   return FASTCONTRAST_DISPATCH(first_invalid_box, set);
 }
 
-using Addresses = std::array<Address, 3>;
-
-// Not by keyword, as the others are: a call on few triplets takes less than its arguments then do.
-cpu::Triplets triplets_from(const Addresses& points, const std::array<std::int64_t, 3>& strides,
-                            int type, std::int64_t rows, std::int64_t dim, int metric,
-                            int threads) {
-  cpu::Triplets triplets;
-  for (int i = 0; i < 3; ++i) {
-    triplets.points[i] = at<const void>(points[i]);
-    triplets.stride[i] = strides[i];
-  }
-  triplets.type = static_cast<fastcontrast::Scalar>(type);
-  triplets.rows = rows;
-  triplets.dim = dim;
-  triplets.metric = static_cast<fastcontrast::Metric>(metric);
-  triplets.threads = threads;
-  return triplets;
-}
-
-cpu::TripletDistances triplet_distances_at(const Addresses& pairs, Address difference) {
-  return {{at<void>(pairs[0]), at<void>(pairs[1]), at<void>(pairs[2])}, at<void>(difference)};
-}
-
 void triplet_distances_forward(const Addresses& points, const std::array<std::int64_t, 3>& strides,
                                int type, std::int64_t rows, std::int64_t dim, int metric,
                                int threads, const Addresses& distances, Address difference) {
-  const cpu::Triplets triplets = triplets_from(points, strides, type, rows, dim, metric, threads);
-  const cpu::TripletDistances out = triplet_distances_at(distances, difference);
+  const fastcontrast::Triplets triplets =
+      triplets_from(points, strides, type, rows, dim, metric, threads);
+  const fastcontrast::TripletDistances out = triplet_distances_at(distances, difference);
   bool done;
   {
     py::gil_scoped_release release;
@@ -344,14 +324,11 @@ void triplet_distances_backward(const Addresses& points, const std::array<std::i
                                 int threads, const Addresses& distances, const Addresses& gradients,
                                 Address slope, Address upstream, std::int64_t upstream_stride,
                                 double factor, const Addresses& out) {
-  const cpu::Triplets triplets = triplets_from(points, strides, type, rows, dim, metric, threads);
-  const cpu::TripletDistances values = triplet_distances_at(distances, 0);
-  cpu::TripletGradients from;
-  for (int i = 0; i < 3; ++i) from.pairs[i] = at<const void>(gradients[i]);
-  from.slope = at<const void>(slope);
-  from.upstream = at<const void>(upstream);
-  from.upstream_stride = upstream_stride;
-  from.factor = factor;
+  const fastcontrast::Triplets triplets =
+      triplets_from(points, strides, type, rows, dim, metric, threads);
+  const fastcontrast::TripletDistances values = triplet_distances_at(distances, 0);
+  const fastcontrast::TripletGradients from =
+      triplet_gradients_at(gradients, slope, upstream, upstream_stride, factor);
   void* const results[3] = {at<void>(out[0]), at<void>(out[1]), at<void>(out[2])};
   bool done;
   {
@@ -412,6 +389,8 @@ PYBIND11_MODULE(_C, m) {
 #if defined(FASTCONTRAST_HAVE_CUDA)
   m.def("cuda_device_count", &fastcontrast::cuda::device_count);
   m.def("cuda_device_problem", &fastcontrast::cuda::device_problem);
+  py::module_ kernels = m.def_submodule("cuda", "The entries of this module for CUDA tensors.");
+  fastcontrast::cuda::bind(kernels);
 #endif
   m.def("distance_softmax_forward_float32", &distance_softmax_forward<float>);
   m.def("distance_softmax_forward_float64", &distance_softmax_forward<double>);

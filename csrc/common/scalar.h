@@ -1,6 +1,6 @@
 // The element types that tensors come in, and conversion to and from the type arithmetic is done
 // in. 16-bit floats are handled as bits, without branches, so that loops over them vectorise on any
-// instruction set. Called by the patch kernels.
+// instruction set; a GPU has instructions for them. Called by kernels of patches and triplets.
 //
 // Numerics: to fp16 and bf16 round to nearest, ties to even; NaN stays NaN. fp64 goes to 16 bits by
 // way of fp32, as torch's own conversion does.
@@ -37,6 +37,13 @@ FC_INLINE float widen(uint8_t x) { return (float)x; }
 FC_INLINE float widen(float x) { return x; }
 FC_INLINE double widen(double x) { return x; }
 FC_INLINE float widen(BFloat16 x) { return float_from_bits((uint32_t)x.bits << 16); }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // one instruction
+FC_INLINE float widen(Half x) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+}
+#else
 FC_INLINE float widen(Half x) {
   const uint32_t magnitude = (uint32_t)(x.bits & 0x7FFFu) << 13;
   const uint32_t exponent = magnitude & (0x7C00u << 13);
@@ -48,9 +55,18 @@ FC_INLINE float widen(Half x) {
   const uint32_t bits = exponent == (0x7C00u << 13) ? special : exponent == 0 ? small : normal;
   return float_from_bits(bits | (uint32_t)(x.bits & 0x8000u) << 16);
 }
+#endif
 
 FC_INLINE void narrow(float x, float* out) { *out = x; }
 FC_INLINE void narrow(float x, double* out) { *out = x; }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+FC_INLINE void narrow(float x, BFloat16* out) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
+}
+FC_INLINE void narrow(float x, Half* out) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
+}
+#else
 FC_INLINE void narrow(float x, BFloat16* out) {
   const uint32_t bits = bits_of_float(x);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
@@ -68,6 +84,7 @@ FC_INLINE void narrow(float x, Half* out) {
                                                       : normal;
   out->bits = (uint16_t)(rounded | (bits & 0x80000000u) >> 16);
 }
+#endif
 // To bytes: to nearest, ties to even, clamped to 0..255; NaN is 0.
 FC_INLINE void narrow(double x, uint8_t* out) {
   const double clamped = x >= 0.0 ? (x <= 255.0 ? x : 255.0) : 0.0;

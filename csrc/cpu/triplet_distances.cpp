@@ -57,32 +57,9 @@ void forward(const Triplets& triplets, const TripletDistances& out) {
       ((T*)out.pairs[pair])[row] = d[pair];
     }
     if (out.difference) {
-      const T nearest = between && (d[2] < d[1] || d[2] != d[2]) ? d[2] : d[1];
-      ((T*)out.difference)[row] = d[0] - nearest;
+      ((T*)out.difference)[row] = triplet_difference(d, between);
     }
   }
-}
-
-// Gradients of the distances of a row; a pair that has none keeps its 0 and is left out.
-template <typename T>
-FC_INLINE void gradients_of_row(const TripletGradients& from, const T* d, bool between, int64_t row,
-                                T* gradient, bool* exists) {
-  if (!from.slope) {
-    for (int pair = 0; pair < 3; ++pair) {
-      exists[pair] = from.pairs[pair];
-      gradient[pair] = exists[pair] ? ((const T*)from.pairs[pair])[row] : T(0);
-    }
-    return;
-  }
-  const T upstream = ((const T*)from.upstream)[row * from.upstream_stride];
-  const T g = ((const T*)from.slope)[row] * (upstream * (T)from.factor);
-  // Where the two distances of the negative are equal, each takes half, as in torch.minimum.
-  const T share = !between || d[1] < d[2] ? T(1) : d[1] == d[2] ? T(0.5) : T(0);
-  gradient[0] = g;
-  gradient[1] = -g * share;
-  gradient[2] = -g * (T(1) - share);
-  exists[0] = exists[1] = true;
-  exists[2] = between;
 }
 
 // The two pairs of each point, and the other point of each.

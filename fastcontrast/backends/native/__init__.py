@@ -29,14 +29,23 @@ CPU_DTYPES = {
     "nearest": FLOATING,
     "triplet_distances": FLOATING,
 }
+# Ops that have CUDA kernels.
+CUDA_DTYPES = {
+    "triplet_distances": FLOATING,
+}
 
 
 def why_not(op: str, tensor: Tensor) -> str | None:
     """Reason why the C++ kernels cannot run ``op`` on tensors like ``tensor``, or None."""
     if IMPORT_PROBLEM is not None:
         return IMPORT_PROBLEM
-    if tensor.device.type != "cpu":
-        return f"{op} has a C++ kernel for CPU tensors only, got a {tensor.device.type} tensor"
+    device = tensor.device.type
+    if device == "cuda" and op in CUDA_DTYPES:
+        if tensor.dtype not in CUDA_DTYPES[op]:
+            return f"{op} has no CUDA kernel for {tensor.dtype}"
+        return devices.cuda_problem(tensor)
+    if device != "cpu":
+        return f"{op} has a C++ kernel for CPU tensors only, got a {device} tensor"
     if tensor.dtype not in CPU_DTYPES[op]:
         return f"{op} has no C++ kernel for {tensor.dtype}"
     return None
@@ -55,6 +64,7 @@ def build_info() -> dict[str, Any]:
 
 
 if _C is not None:
+    from fastcontrast.backends.native import devices
     from fastcontrast.backends.native.distance_softmax import (  # noqa: F401 (the table's entries)
         distance_softmax_backward,
         distance_softmax_forward,

@@ -1,7 +1,7 @@
-"""`triplet_distances` on CPU: one C++ pass over the triplets in each direction.
+"""`triplet_distances` in C++ and CUDA: one pass over the triplets in each direction.
 
-The kernels are csrc/cpu/triplet_distances.cpp. Points are read in place where their rows are
-contiguous, whatever lies between rows.
+The kernels are csrc/cpu/triplet_distances.cpp and csrc/cuda/triplet_distances.cu. Points are read
+in place where their rows are contiguous, whatever lies between rows.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcontrast import _C
+from fastcontrast.backends.native import devices
 from fastcontrast.backends.native.extract_patches import SCALARS
 from fastcontrast.backends.scores import METRICS, accumulator_dtype
 
-# Elements of the points below which starting threads takes longer than the work.
+# Elements of the points below which starting threads of the CPU takes longer than the work.
 THREADING_MINIMUM = 1 << 18
 
 Addresses = tuple[int, int, int]
@@ -30,7 +30,7 @@ def triplet_distances_forward(
     to_negative = anchor.new_empty(rows, dtype=dtype)
     of_others = anchor.new_empty(rows if between else 0, dtype=dtype)
     points = _Points(anchor, positive, negative, metric)
-    _C.triplet_distances_forward(
+    devices.kernels(anchor).triplet_distances_forward(
         *points.arguments,
         (to_positive.data_ptr(), to_negative.data_ptr(), of_others.data_ptr() if between else 0),
         0,
@@ -68,7 +68,9 @@ def triplet_difference_forward(
     dtype = accumulator_dtype(anchor.dtype)
     out = anchor.new_empty((4 if swap else 3, anchor.shape[0]), dtype=dtype)
     points = _Points(anchor, positive, negative, metric)
-    _C.triplet_distances_forward(*points.arguments, _distances(out), out.data_ptr())
+    devices.kernels(anchor).triplet_distances_forward(
+        *points.arguments, _distances(out), out.data_ptr()
+    )
     return out
 
 
@@ -116,7 +118,7 @@ class _Points:
             rows,
             dim,
             METRICS.index(metric),
-            threads,
+            devices.workers(anchor, threads),
         )
 
     def gradients(
@@ -127,7 +129,7 @@ class _Points:
         of_anchor = anchor.new_empty(shape if needs[0] else 0)
         of_positive = anchor.new_empty(shape if needs[1] else 0)
         of_negative = anchor.new_empty(shape if needs[2] else 0)
-        _C.triplet_distances_backward(
+        devices.kernels(anchor).triplet_distances_backward(
             *self.arguments,
             distances,
             *source,
