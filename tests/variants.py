@@ -1,8 +1,9 @@
 """What "every backend" means in the tests: each backend of the table, on each instruction set.
 
-A backend added to ``fastcontrast.backends.BACKENDS`` is picked up here and so by every test. The
-Triton kernels run on a CUDA device where there is one, on the same CPU tensors carried there and
-back, and under the interpreter where ``TRITON_INTERPRET=1`` asks for it.
+A backend added to ``fastcontrast.backends.BACKENDS`` is picked up here and so by every test.
+Kernels for GPUs run on a CUDA device where there is one, on the same CPU tensors carried there and
+back (on_cuda.py). Elsewhere the native backend's run on the host, in their emulation, and the
+Triton kernels under the interpreter where ``TRITON_INTERPRET=1`` asks for it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
+import cuda_emulation
 import pytest
 import torch
 from cases import SHAPES
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from on_cuda import Carried
 
 from fastcontrast import backends
 from fastcontrast.backends import native, triton
@@ -35,11 +35,12 @@ class Variant:
     skip_reason: str | None = None
 
     def __str__(self) -> str:
-        return self.backend + (f"-{self.instruction_set}" if self.instruction_set else "")
+        part = self.instruction_set or (self.device if self.device != "cpu" else None)
+        return self.backend + (f"-{part}" if part else "")
 
 
 def variants(op: str) -> list[Variant]:
-    """Every implementation of ``op`` that could run on CPU tensors."""
+    """Every implementation of ``op`` that could run on CPU tensors, carried to a GPU or not."""
     found = []
     for name in backends.BACKENDS:
         reason = backends.why_not(name, op, torch.empty(0))
@@ -48,6 +49,12 @@ def variants(op: str) -> list[Variant]:
             for level, isa in enumerate(INSTRUCTION_SETS):
                 lacking = None if level <= best else f"this processor has no {isa}"
                 found.append(Variant(name, isa, skip_reason=lacking))
+            if op in native.CUDA_DTYPES:
+                lacking = cuda_emulation.why_not()
+                found.append(Variant(name, device="emulated_cuda", skip_reason=lacking))
+                if torch.cuda.is_available():
+                    lacking = backends.why_not(name, op, torch.empty(0, device="cuda"))
+                    found.append(Variant(name, device="cuda", skip_reason=lacking))
         elif name == "triton" and not triton.INTERPRETED and torch.cuda.is_available():
             reason = backends.why_not(name, op, torch.empty(0, device="cuda"))
             found.append(Variant(name, device="cuda", skip_reason=reason))
@@ -109,9 +116,13 @@ def worth_interpreting(item: Any) -> bool:
 @contextmanager
 def active(variant: Variant) -> Iterator[None]:
     """Use the variant's instruction set, or its device, inside the block."""
+    if variant.device == "emulated_cuda":
+        with cuda_emulation.active():
+            yield
+        return
     if variant.device != "cpu":
         module = backends.BACKENDS[variant.backend]
-        backends.BACKENDS[variant.backend] = _Carried(module, variant.device)
+        backends.BACKENDS[variant.backend] = Carried(module, variant.device)
         try:
             yield
         finally:
@@ -126,29 +137,3 @@ def active(variant: Variant) -> Iterator[None]:
         yield
     finally:
         native._C.set_active_isa(before)
-
-
-class _Carried(ModuleType):
-    """A backend of another device that takes CPU tensors: they travel there and back."""
-
-    def __init__(self, module: ModuleType, device: str) -> None:
-        super().__init__(module.__name__)
-        self._module, self._device = module, device
-
-    def why_not(self, op: str, tensor: Tensor) -> str | None:
-        return self._module.why_not(op, tensor.new_empty(0, device=self._device))
-
-    def __getattr__(self, name: str) -> Any:
-        entry = getattr(self._module, name)
-
-        def carried(*args: Any) -> Any:
-            result = entry(*tree_map_only(Tensor, lambda t: _in_place_on(t, self._device), args))
-            return tree_map_only(Tensor, Tensor.cpu, result)
-
-        return carried
-
-
-def _in_place_on(tensor: Tensor, device: str) -> Tensor:
-    """``tensor`` on another device in the same layout, with what surrounds it in memory."""
-    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage())
-    return storage.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

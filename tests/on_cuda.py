@@ -1,0 +1,64 @@
+"""The conformance suite on a GPU: a backend whose kernels get CUDA copies of a test's CPU tensors.
+
+Storage is copied, not values, so that layouts, offsets and what lies around a tensor are those of
+the test; what a kernel writes comes back into the same places. `variants.py` puts it in the table.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+ON_CPU = ("first_invalid_box",)  # looks at coordinates that are on the CPU, and returns a number
+
+
+class Copies:
+    """Copies of storages on a device, one for each, and tensors on them."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The tensor on a copy of its storage."""
+        source = tensor.detach().untyped_storage()
+        if source.data_ptr() not in self.storages:
+            copy = torch.empty(source.nbytes(), dtype=torch.uint8, device=self.device)
+            self.storages[source.data_ptr()] = source, copy.untyped_storage()
+            copy.untyped_storage().copy_(source)
+        found = torch.empty(0, dtype=tensor.dtype, device=self.device)
+        _, storage = self.storages[source.data_ptr()]
+        return found.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def write_back(self) -> None:
+        """Make the originals what the copies are now."""
+        for source, copy in self.storages.values():
+            source.copy_(copy)
+
+
+class Carried(ModuleType):
+    """A backend of another device that takes CPU tensors: they travel there and back."""
+
+    def __init__(self, module: ModuleType, device: str) -> None:
+        super().__init__(module.__name__)
+        self._module, self._device = module, device
+
+    def why_not(self, op: str, tensor: Tensor) -> str | None:
+        return self._module.why_not(op, tensor.new_empty(0, device=self._device))
+
+    def __getattr__(self, name: str) -> Any:
+        entry = getattr(self._module, name)
+        if name in ON_CPU:
+            return entry
+
+        def carried(*args: Any) -> Any:
+            copies = Copies(self._device)
+            result = entry(*tree_map_only(Tensor, copies.of, args))
+            copies.write_back()
+            return tree_map_only(Tensor, Tensor.cpu, result)
+
+        return carried

@@ -1,0 +1,137 @@
+"""The emulation of CUDA itself: it computes what a GPU would, and finds the mistakes it claims to.
+
+And what it is for beyond the conformance suite, where its kernels are one of the variants: results
+that do not depend on the order in which threads take their turns.
+"""
+
+from __future__ import annotations
+
+import cuda_emulation
+import on_cuda
+import pytest
+import torch
+from torch import Tensor
+
+import fastcontrast as fc
+from fastcontrast.backends import native
+
+ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
+IN = list(range(7, 7 + 128))
+
+REASON = cuda_emulation.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+def probe(name: str, values: list[int], order: str = "ascending") -> list[int]:
+    with cuda_emulation.active(ORDERS[order]):
+        return cuda_emulation.module().probe(name, values)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_barriers_and_shared_memory(order: str) -> None:
+    expected = IN[63::-1] + IN[:63:-1]
+    assert probe("reverse<true>", IN, order)[:128] == expected
+
+
+def test_a_missing_barrier_shows_in_some_order() -> None:
+    expected = IN[63::-1] + IN[:63:-1]
+    results = [probe("reverse<false>", IN, order)[:128] for order in ORDERS]
+    assert all(result != expected for result in results[:2])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_shuffles_and_votes(order: str) -> None:
+    values = [3 * i % 17 for i in range(64)]
+    found = probe("warp_exchanges", values, order)
+    for thread in range(64):
+        warp = values[thread // 32 * 32 :][:32]
+        assert found[thread] == sum(warp)
+        ballot = sum((value % 2) << lane for lane, value in enumerate(warp))
+        assert found[64 + thread] % 2**32 == ballot
+        assert found[128 + thread] == warp[5]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one_thread_leaves", "waits at a barrier of its block that other threads never reach"),
+        ("half_a_warp_shuffles", "waits at a barrier of its warp that other threads never reach"),
+        ("writes_beyond_shared", "a write 0 bytes beyond dynamic shared memory"),
+        ("loads_unaligned", "access to 16 bytes at an address that is .* beyond a multiple"),
+    ],
+)
+def test_mistakes_are_found(name: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"{name} of 2x1x1 blocks of 64 threads: .*{message}"):
+        probe(name, IN)
+
+
+def triplet_results() -> list[Tensor]:
+    torch.manual_seed(0)
+    results = []
+    for dtype, dim in ((torch.float32, 33), (torch.bfloat16, 64), (torch.float64, 2)):
+        points = [torch.randn(9, dim).to(dtype).requires_grad_() for _ in range(3)]
+        found = fc.triplet_distances(*points, between=True, backend="native")
+        distances = [distance for distance in found if distance is not None]
+        results += [*distances, *torch.autograd.grad(distances, points, [d * d for d in distances])]
+    return results
+
+
+def test_copies_of_storages_keep_layouts_and_bring_results_back() -> None:
+    """What on_cuda.py does, from CPU to CPU."""
+    parent = torch.arange(40.0).view(5, 8)
+    views = (parent[1:4, 2::2], parent[0].expand(3, 8), torch.ones(2))
+    copies = on_cuda.Copies("cpu")
+    found = on_cuda.mapped(("x", list(views)), copies.of)
+    assert found[0] == "x"
+    for copy, view in zip(found[1], views, strict=True):
+        assert copy.stride() == view.stride()
+        assert torch.equal(copy, view)
+        assert copy.untyped_storage().data_ptr() != view.untyped_storage().data_ptr()
+    found[1][0].fill_(-1)  # a kernel writes
+    assert float(parent[1, 2]) == 10
+    copies.write_back()
+    assert torch.equal(parent[1:4, 2::2], -torch.ones(3, 3))
+    assert float(parent[1, 3]) == 11
+
+
+@pytest.mark.parametrize("results", [triplet_results], ids=["triplet_distances"])
+def test_results_do_not_depend_on_the_order_of_threads(results: object) -> None:
+    assert callable(results)
+    rows = []
+    for order in ORDERS.values():
+        with cuda_emulation.active(order):
+            rows.append(results())
+    for row in rows[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(rows[0], row, strict=True))
+
+
+def test_unaligned_points_take_the_kernel_for_single_elements() -> None:
+    """One element off 16 bytes, or rows that are: the checks of the emulation would raise."""
+    memory = torch.randn(3, 8 * 20 + 1)
+    with cuda_emulation.active():
+        for begin, width in ((0, 16), (1, 16), (0, 18)):
+            points = [m[begin : begin + 8 * width].view(8, width)[:, :16] for m in memory]
+            found = fc.triplet_distances(*points, backend="native")
+            truth = torch.linalg.vector_norm(points[0].double() - points[1].double(), dim=1)
+            # 16 squares and a root in float32, at the worst in one direction.
+            torch.testing.assert_close(found.positive, truth.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("80-real,90-real,100-real,100-virtual", (8, 0), True),
+        ("80-real,90-real,100-real,100-virtual", (8, 6), True),  # machine code of sm_80
+        ("80-real,90-real,100-real,100-virtual", (7, 5), False),
+        ("80-real,90-real,100-real,100-virtual", (12, 0), True),  # PTX of sm_100
+        ("80-real,90-real", (10, 0), False),
+        ("86-real", (8, 0), False),
+        ("90a-real,90a-virtual", (9, 0), True),
+        ("90a-real,90a-virtual", (10, 0), False),
+        ("100f-real", (10, 3), True),
+    ],
+)
+def test_which_gpus_a_build_runs_on(
+    architectures: str, capability: tuple[int, int], runs: bool
+) -> None:
+    assert native.devices.runs_on(architectures, capability) == runs
