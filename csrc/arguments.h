@@ -2,9 +2,13 @@
 // of CUDA's kernels.
 #pragma once
 
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <array>
 #include <cstdint>
 
+#include "common/crop.h"
 #include "common/triplets.h"
 
 namespace fastcontrast {
@@ -15,6 +19,26 @@ using Addresses = std::array<Address, 3>;
 template <typename T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+inline CropRule crop_rule_from(const pybind11::kwargs& a) {
+  CropRule rule;
+  using Pair = std::array<std::int32_t, 2>;
+  const auto image = a["image_size"].cast<Pair>(), size = a["size"].cast<Pair>();
+  const auto padding = a["padding"].cast<Pair>(), grid = a["grid"].cast<Pair>();
+  rule.image_height = image[0], rule.image_width = image[1];
+  rule.height = size[0], rule.width = size[1];
+  rule.pad_y = padding[0], rule.pad_x = padding[1];
+  rule.grid_rows = grid[0], rule.grid_columns = grid[1];
+  const auto area = a["area"].cast<std::array<std::int64_t, 2>>();
+  rule.area_low = area[0], rule.area_range = area[1];
+  rule.row_factors = at<const std::int64_t>(a["row_factors"].cast<Address>());
+  rule.column_factors = at<const std::int64_t>(a["column_factors"].cast<Address>());
+  const auto limits = a["limits"].cast<std::array<std::int64_t, 3>>();
+  for (int i = 0; i < 3; ++i) rule.limits[i] = limits[i];
+  rule.min_distance = a["min_distance"].cast<std::int64_t>();
+  rule.max_iou = a["max_iou"].cast<std::int64_t>();
+  return rule;
 }
 
 // Not by keyword, as the others are: a call on few triplets takes less than its arguments then do.

@@ -33,6 +33,7 @@ namespace {
 using fastcontrast::Address;
 using fastcontrast::Addresses;
 using fastcontrast::at;
+using fastcontrast::crop_rule_from;
 using fastcontrast::triplet_distances_at;
 using fastcontrast::triplet_gradients_at;
 using fastcontrast::triplets_from;
@@ -218,7 +219,7 @@ cpu::PatchSet patch_set_from(const py::kwargs& a, const std::vector<double>& sca
   set.interpolation = static_cast<cpu::Interpolation>(a["interpolation"].cast<int>());
   set.antialias = a["antialias"].cast<bool>();
   set.padding = static_cast<fastcontrast::Padding>(a["padding"].cast<int>());
-  set.threads = a["threads"].cast<int>();
+  set.threads = a["workers"].cast<int>();
   return set;
 }
 
@@ -270,28 +271,14 @@ void extract_patches_backward(const py::kwargs& a) {
 
 std::int64_t sample_coords(const py::kwargs& a) {
   cpu::CropDraws draws;
-  draws.seed = a["seed"].cast<std::uint64_t>();
-  draws.step = a["step"].cast<std::uint64_t>();
+  const auto* key = at<const std::int64_t>(a["key"].cast<Address>());  // in place of the numbers
+  draws.seed = key ? static_cast<std::uint64_t>(key[0]) : a["seed"].cast<std::uint64_t>();
+  draws.step = key ? static_cast<std::uint64_t>(key[1]) : a["step"].cast<std::uint64_t>();
   draws.sample_ids = at<const std::int64_t>(a["sample_ids"].cast<Address>());
   draws.batch = a["batch"].cast<std::int64_t>();
   draws.num_patches = a["num_patches"].cast<std::int64_t>();
   draws.first_patch = a["first_patch"].cast<std::uint32_t>();
-  fastcontrast::CropRule& rule = draws.rule;
-  using Pair = std::array<std::int32_t, 2>;
-  const auto image = a["image_size"].cast<Pair>(), size = a["size"].cast<Pair>();
-  const auto padding = a["padding"].cast<Pair>(), grid = a["grid"].cast<Pair>();
-  rule.image_height = image[0], rule.image_width = image[1];
-  rule.height = size[0], rule.width = size[1];
-  rule.pad_y = padding[0], rule.pad_x = padding[1];
-  rule.grid_rows = grid[0], rule.grid_columns = grid[1];
-  const auto area = a["area"].cast<std::array<std::int64_t, 2>>();
-  rule.area_low = area[0], rule.area_range = area[1];
-  rule.row_factors = at<const std::int64_t>(a["row_factors"].cast<Address>());
-  rule.column_factors = at<const std::int64_t>(a["column_factors"].cast<Address>());
-  const auto limits = a["limits"].cast<std::array<std::int64_t, 3>>();
-  for (int i = 0; i < 3; ++i) rule.limits[i] = limits[i];
-  rule.min_distance = a["min_distance"].cast<std::int64_t>();
-  rule.max_iou = a["max_iou"].cast<std::int64_t>();
+  draws.rule = crop_rule_from(a);
   draws.hflip_threshold = a["hflip_threshold"].cast<std::uint64_t>();
   draws.vflip_threshold = a["vflip_threshold"].cast<std::uint64_t>();
   draws.coords = at<fastcontrast::Box>(a["coords"].cast<Address>());

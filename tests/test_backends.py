@@ -7,6 +7,8 @@ import multiprocessing
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from variants import variants
 
 import fastcontrast
@@ -74,6 +76,38 @@ def test_triton_says_why_not(
     monkeypatch.setattr(triton, "IMPORT_PROBLEM", "triton is not installed")
     assert triton.why_not("distance_softmax", torch.empty(0)) == "triton is not installed"
     assert "Triton\n  not available: triton is not installed" in report()
+
+
+def test_why_a_cuda_tensor_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.IMPORT_PROBLEM is not None:
+        pytest.skip(native.IMPORT_PROBLEM)
+    with FakeTensorMode():
+        tensor = torch.empty(3, device="cuda")
+    monkeypatch.setattr(native.devices, "BUILD_PROBLEM", "built without CUDA kernels")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    native.devices._architecture_problem.cache_clear()
+
+    def reason(op: str, x: Tensor = tensor) -> str | None:
+        return backends.why_not("native", op, x)
+
+    assert reason("distance_softmax") == (
+        "distance_softmax has a C++ kernel for CPU tensors only, got a cuda tensor"
+    )
+    assert reason("triplet_distances") == "built without CUDA kernels"
+    monkeypatch.setattr(native.devices, "BUILD_PROBLEM", None)
+    monkeypatch.setattr(native.devices, "ARCHITECTURES", "90-real,90-virtual")
+    assert 'this GPU is sm_86; reinstall fastcontrast with TORCH_CUDA_ARCH_LIST="8.6"' in str(
+        reason("triplet_distances")
+    )
+    native.devices._architecture_problem.cache_clear()
+    monkeypatch.setattr(native.devices, "ARCHITECTURES", "80-real")
+    assert reason("triplet_distances") is None
+    with FakeTensorMode():
+        integers = torch.empty(3, device="cuda", dtype=torch.int32)
+    assert reason("extract_patches", integers) == (
+        "extract_patches has no CUDA kernel for torch.int32"
+    )
+    native.devices._architecture_problem.cache_clear()
 
 
 def test_an_error_in_a_backend_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,10 @@ that do not depend on the order in which threads take their turns.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import cuda_emulation
 import on_cuda
 import pytest
@@ -76,27 +80,67 @@ def triplet_results() -> list[Tensor]:
     return results
 
 
+def patch_results() -> list[Tensor]:
+    torch.manual_seed(0)
+    results = []
+    for shape in ((2, 3, 9, 20), (1, 70, 6, 5)):
+        images = torch.randn(shape, requires_grad=True)
+        patches = fc.random_patches(images, 3, (5, 4), hflip=0.5, vflip=0.5, mean=[0.5] * shape[1],
+                                    std=0.5, seed=3, backend="native")  # fmt: skip
+        (grad,) = torch.autograd.grad(patches.data.square().sum(), images)
+        results += [patches.data.detach(), patches.coords, patches.flips, grad]
+    return results
+
+
+def test_the_step_is_read_from_memory() -> None:
+    """A captured graph reads it when it is replayed, so that new boxes are drawn."""
+    truth = fc.sample_coords(2, 3, (30, 31), 7, hflip=0.5, seed=-5, step=2**40 + 3)
+    for patched in (nullcontext(), cuda_emulation.active()):  # the CPU's entry takes a key as well
+        coords = torch.zeros(2, 3, 4, dtype=torch.int32)
+        flips = torch.zeros(2, 3, dtype=torch.uint8)
+        key = torch.tensor([-5, 2**40 + 3])
+        with patched:
+            native.sample_coords(coords, flips, None, key, 0, 0, (30, 31), (7, 7), (2**31, 0))
+        assert torch.equal(coords, truth[0])
+        assert torch.equal(flips, truth[1])
+
+
+def test_patches_in_any_layout_of_the_output() -> None:
+    """Channels last among them: the kernels write to the strides that they are given."""
+    images = torch.randint(0, 256, (2, 4, 9, 20), dtype=torch.uint8)
+    coords, flips = fc.sample_coords(2, 3, (9, 20), (4, 8), hflip=0.5, seed=1)
+    scale, offset = [0.5, 1.0, 2.0, 4.0], [1.0]
+    truth = torch.empty(2, 3, 4, 4, 8)
+    native.extract_patches_forward(images, coords, flips, scale, offset, truth)
+    for order in itertools.permutations((0, 1, 2)):
+        shape = [(4, 4, 8)[axis] for axis in order]
+        inverse = [2 + order.index(axis) for axis in range(3)]
+        out = torch.full((2, 3, *shape), torch.nan).permute(0, 1, *inverse)
+        assert out.shape == truth.shape
+        with cuda_emulation.active():
+            native.extract_patches_forward(images, coords, flips, scale, offset, out)
+        assert torch.equal(out, truth)
+
+
 def test_copies_of_storages_keep_layouts_and_bring_results_back() -> None:
     """What on_cuda.py does, from CPU to CPU."""
     parent = torch.arange(40.0).view(5, 8)
     views = (parent[1:4, 2::2], parent[0].expand(3, 8), torch.ones(2))
     copies = on_cuda.Copies("cpu")
-    found = on_cuda.mapped(("x", list(views)), copies.of)
-    assert found[0] == "x"
-    for copy, view in zip(found[1], views, strict=True):
+    found = [copies.of(view) for view in views]
+    for copy, view in zip(found, views, strict=True):
         assert copy.stride() == view.stride()
         assert torch.equal(copy, view)
         assert copy.untyped_storage().data_ptr() != view.untyped_storage().data_ptr()
-    found[1][0].fill_(-1)  # a kernel writes
+    found[0].fill_(-1)  # a kernel writes
     assert float(parent[1, 2]) == 10
     copies.write_back()
     assert torch.equal(parent[1:4, 2::2], -torch.ones(3, 3))
     assert float(parent[1, 3]) == 11
 
 
-@pytest.mark.parametrize("results", [triplet_results], ids=["triplet_distances"])
-def test_results_do_not_depend_on_the_order_of_threads(results: object) -> None:
-    assert callable(results)
+@pytest.mark.parametrize("results", [triplet_results, patch_results])
+def test_results_do_not_depend_on_the_order_of_threads(results: Callable[[], list]) -> None:
     rows = []
     for order in ORDERS.values():
         with cuda_emulation.active(order):

@@ -28,24 +28,28 @@ inline unsigned blocks_for(int64_t work, int64_t per_block) {
 
 inline void check(cudaError_t error, const char* kernel, unsigned blocks, unsigned threads) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(kernel) + " of " + std::to_string(blocks) + " blocks of " +
-                           std::to_string(threads) +
-                           " threads could not be launched: " + cudaGetErrorString(error));
+  cudaGetLastError();  // or the next launch would find it again
+  throw std::runtime_error(std::string(kernel) + " could not be launched in " +
+                           std::to_string(blocks) + " blocks of " + std::to_string(threads) +
+                           " threads: " + cudaGetErrorString(error));
 }
 
 // Makes a GPU the current one until the end of the scope.
 class DeviceScope {
  public:
   explicit DeviceScope(int device) {
-    if (cudaGetDevice(&before_) != cudaSuccess) before_ = device;
-    if (before_ != device) cudaSetDevice(device);
-    changed_ = before_ != device;
+    error = cudaGetDevice(&before_);
+    if (error != cudaSuccess || before_ == device) return;
+    error = cudaSetDevice(device);
+    changed_ = error == cudaSuccess;
   }
   ~DeviceScope() {
     if (changed_) cudaSetDevice(before_);
   }
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
+
+  cudaError_t error;
 
  private:
   int before_ = 0;
@@ -58,6 +62,7 @@ class DeviceScope {
 #define FASTCONTRAST_LAUNCH(stream, blocks, threads, shared, kernel, ...)            \
   do {                                                                               \
     const ::fastcontrast::cuda::DeviceScope scope((stream).device);                  \
+    ::fastcontrast::cuda::check(scope.error, #kernel, blocks, threads);              \
     kernel<<<blocks, threads, shared, (cudaStream_t)(stream).handle>>>(__VA_ARGS__); \
     ::fastcontrast::cuda::check(cudaGetLastError(), #kernel, blocks, threads);       \
   } while (false)

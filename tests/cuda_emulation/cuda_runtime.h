@@ -2,7 +2,8 @@
 // folder first on the include path, run on the processor. Built by
 // tests/cuda_emulation/__init__.py.
 //
-// Blocks run one after the other, and every thread of a block is a fiber with a stack of its own. A
+// Blocks run one after the other, and every thread of a block is a fiber with a stack of its own,
+// kept for the next block; switching is by _longjmp, which makes no system call. A
 // fiber runs until it waits: at __syncthreads for all threads of the block, at a shuffle, a vote or
 // __syncwarp for all lanes of its warp. What it finds, besides wrong results:
 //   - a thread that left the kernel, or waits elsewhere, while others wait for it;
@@ -15,12 +16,14 @@
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <string.h>
 #include <ucontext.h>
 
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -63,7 +66,10 @@ enum class Order { ascending = 0, descending = 1, shuffled = 2 };
 enum class Wait { nothing, warp, block };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // where the fiber starts
+  jmp_buf place;       // where it is, from then on
+  bool started;
+  std::unique_ptr<char[]> stack;
   uint3 index;
   Wait waits_for;
   bool left;
@@ -74,17 +80,18 @@ struct Machine {
   Order order = Order::ascending;
   dim3 grid, block;
   uint3 block_index;
-  std::vector<Thread> threads;
-  std::vector<std::unique_ptr<char[]>> stacks;  // kept: most are as large as the last block's
-  std::vector<uint64_t> slots;                  // [warps, 2, LANES]
+  std::vector<Thread> threads = std::vector<Thread>(1024);
+  unsigned count = 0;           // of the block's threads
+  std::vector<uint64_t> slots;  // [warps, 2, LANES]
   std::vector<unsigned char> shared;
   unsigned char* shared_begin = nullptr;
   Thread* current = nullptr;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   const void* kernel = nullptr;
   void (*call)(const void*) = nullptr;
   std::exception_ptr error;
   uint32_t random = 1;
+  std::mutex busy;
 };
 
 inline Machine& machine() {
@@ -92,21 +99,27 @@ inline Machine& machine() {
   return only;
 }
 
-inline void run_thread() {
+inline void leave_to_scheduler() {
   Machine& m = machine();
-  try {
-    m.call(m.kernel);
-  } catch (...) {
-    if (!m.error) m.error = std::current_exception();
+  if (_setjmp(m.current->place) == 0) _longjmp(m.scheduler, 1);
+}
+
+inline void run_thread() {  // never returns: the fiber waits for the next block
+  for (;;) {
+    Machine& m = machine();
+    try {
+      m.call(m.kernel);
+    } catch (...) {
+      if (!m.error) m.error = std::current_exception();
+    }
+    m.current->left = true;
+    leave_to_scheduler();
   }
-  machine().current->left = true;  // returning goes on with uc_link, the scheduler
 }
 
 inline void wait(Wait what) {
-  Machine& m = machine();
-  Thread* self = m.current;
-  self->waits_for = what;
-  swapcontext(&self->context, &m.scheduler);
+  machine().current->waits_for = what;
+  leave_to_scheduler();
 }
 
 inline void start_thread(Machine& m, unsigned number) {
@@ -116,16 +129,25 @@ inline void start_thread(Machine& m, unsigned number) {
   thread.waits_for = Wait::nothing;
   thread.left = false;
   thread.exchanges = 0;
+}
+
+inline void switch_to(Machine& m, Thread& thread) {
+  m.current = &thread;
+  if (_setjmp(m.scheduler) != 0) return;
+  if (thread.started) _longjmp(thread.place, 1);
+  thread.started = true;
+  if (!thread.stack) thread.stack.reset(new char[STACK]);
   getcontext(&thread.context);
-  thread.context.uc_stack.ss_sp = m.stacks[number].get();
+  thread.context.uc_stack.ss_sp = thread.stack.get();
   thread.context.uc_stack.ss_size = STACK;
-  thread.context.uc_link = &m.scheduler;
+  thread.context.uc_link = nullptr;
   makecontext(&thread.context, run_thread, 0);
+  setcontext(&thread.context);
 }
 
 // One turn for every thread that does not wait. False when there was none.
 inline bool take_turns(Machine& m) {
-  const unsigned count = (unsigned)m.threads.size();
+  const unsigned count = m.count;
   unsigned step = 1, start = 0;
   if (m.order == Order::shuffled) {  // an odd step visits all of a multiple of 32
     m.random = m.random * 1664525u + 1013904223u;
@@ -139,8 +161,7 @@ inline bool take_turns(Machine& m) {
     Thread& thread = m.threads[(start + (uint64_t)turn * step) % count];
     if (thread.left || thread.waits_for != Wait::nothing) continue;
     any = true;
-    m.current = &thread;
-    swapcontext(&m.scheduler, &thread.context);
+    switch_to(m, thread);
   }
   return any;
 }
@@ -157,7 +178,7 @@ inline bool release(Machine& m, size_t begin, size_t end, Wait what) {
 inline void run_block(Machine& m, size_t shared_bytes) {
   memset(m.shared_begin, 0xFF, shared_bytes);  // NaN
   memset(m.shared_begin + shared_bytes, GUARD_BYTE, GUARD);
-  const size_t count = m.threads.size();
+  const size_t count = m.count;
   for (unsigned i = 0; i < count; ++i) start_thread(m, i);
   for (;;) {
     const bool any = take_turns(m);
@@ -188,6 +209,7 @@ inline void run_block(Machine& m, size_t shared_bytes) {
 template <typename Call>
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const Call& call) {
   Machine& m = machine();
+  const std::lock_guard<std::mutex> guard(m.busy);
   const std::string shape = std::string(name) + " of " + std::to_string(grid.x) + "x" +
                             std::to_string(grid.y) + "x" + std::to_string(grid.z) + " blocks of " +
                             std::to_string(block.x * block.y * block.z) + " threads: ";
@@ -200,8 +222,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const 
   }
   m.grid = grid;
   m.block = block;
-  m.threads.resize(count);
-  while (m.stacks.size() < count) m.stacks.emplace_back(new char[STACK]);
+  m.count = count;
   m.slots.assign(count * 2, 0);
   m.shared.resize(shared_bytes + GUARD + 16);
   m.shared_begin = m.shared.data() + (16 - (uintptr_t)m.shared.data() % 16) % 16;
@@ -218,6 +239,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const 
       }
     }
   } catch (const std::exception& error) {
+    for (Thread& thread : m.threads) thread.started = false;  // some are in the middle of a kernel
     throw std::logic_error(shape + error.what());
   }
 }

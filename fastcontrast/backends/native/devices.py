@@ -14,6 +14,14 @@ from torch import Tensor
 
 from fastcontrast import _C
 
+ARCHITECTURES: str = _C.build_info()["cuda_architectures"]  # as "80-real,90-virtual"
+BUILD_PROBLEM = (
+    None
+    if _C.build_info()["cuda_runtime"]
+    else "fastcontrast._C was built without CUDA kernels; with nvcc on PATH, reinstall "
+    "fastcontrast with FASTCONTRAST_CUDA=on"
+)
+
 
 def kernels(tensor: Tensor) -> Any:
     """Entries of the C++ module for the tensor's device."""
@@ -30,25 +38,21 @@ def workers(tensor: Tensor, threads: int) -> int | tuple[int, int]:
 
 def cuda_problem(tensor: Tensor) -> str | None:
     """Reason why the module cannot run kernels on the tensor's GPU, or None."""
-    info = _C.build_info()
-    if not info["cuda_runtime"]:
-        return (
-            "fastcontrast._C was built without CUDA kernels; with nvcc on PATH, reinstall "
-            "fastcontrast with FASTCONTRAST_CUDA=on"
-        )
+    # What is traced has been asked before, and cannot ask.
+    if BUILD_PROBLEM is not None or torch.compiler.is_compiling():
+        return BUILD_PROBLEM
     index = tensor.device.index
     return _architecture_problem(torch.cuda.current_device() if index is None else index)
 
 
 @cache
 def _architecture_problem(index: int) -> str | None:
-    built = _C.build_info()["cuda_architectures"]
     capability = torch.cuda.get_device_capability(index)
-    if runs_on(built, capability):
+    if runs_on(ARCHITECTURES, capability):
         return None
     major, minor = capability
     return (
-        f"fastcontrast._C has CUDA kernels for {built}, and this GPU is sm_{major}{minor}; "
+        f"fastcontrast._C has CUDA kernels for {ARCHITECTURES}, and this GPU is sm_{major}{minor}; "
         f'reinstall fastcontrast with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
     )
 

@@ -1,8 +1,10 @@
-"""`extract_patches` on CPU: one C++ pass from the images' pixels to the finished patches.
+"""`extract_patches` in C++ and CUDA: one pass from the images' pixels to the finished patches.
 
-The kernels are csrc/cpu/sample_coords.cpp, extract_patches.cpp and extract_patches_backward.cpp.
-Images and incoming gradients are read in place through their strides; only coordinates and flips,
-17 bytes a patch, are made contiguous.
+The kernels are csrc/cpu/sample_coords.cpp, extract_patches.cpp and extract_patches_backward.cpp,
+and csrc/cuda/extract_patches.cu, which cuts boxes of the image as they are: on CUDA, resized and
+padded patches, and boxes that keep their distance, are the reference's. Images and incoming
+gradients are read in place through their strides; only coordinates and flips, 17 bytes a patch, are
+made contiguous.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastcontrast import _C
+from fastcontrast.backends import reference
+from fastcontrast.backends.native import devices
 from fastcontrast.backends.patch_sets import INTERPOLATIONS, PADDING_MODES, Draws, Pixels
 
 # As csrc/common/scalar.h numbers them.
@@ -23,7 +27,7 @@ SCALARS = {
     torch.float32: 3,
     torch.float64: 4,
 }
-# Elements below which starting threads takes longer than the work.
+# Elements below which starting threads of the CPU takes longer than the work.
 THREADING_MINIMUM = 32768
 
 
@@ -31,12 +35,16 @@ def sample_coords(
     coords: Tensor, flips: Tensor, sample_ids: Tensor | None, key: Tensor | None, draws: Draws
 ) -> int:
     """Fill ``coords`` [B, K, 4] and ``flips`` [B, K]; index of the first without a place, or -1."""
-    seed, step = (draws.seed, draws.step) if key is None else key.tolist()
+    kernels = devices.kernels(coords)
+    if kernels is not _C and (draws.min_distance > 0 or draws.max_iou >= 0):
+        return reference.sample_coords(coords, flips, sample_ids, key, draws)
     ids = None if sample_ids is None else sample_ids.contiguous()
+    key = None if key is None else key.contiguous()
     factors = draws.factors
-    return _C.sample_coords(
-        seed=seed & 0xFFFFFFFFFFFFFFFF,
-        step=step,
+    return kernels.sample_coords(
+        seed=draws.seed & 0xFFFFFFFFFFFFFFFF,
+        step=draws.step,
+        key=_address(key),
         sample_ids=_address(ids),
         batch=coords.shape[0],
         num_patches=coords.shape[1],
@@ -55,6 +63,7 @@ def sample_coords(
         vflip_threshold=draws.thresholds[1],
         coords=coords.data_ptr(),
         flips=flips.data_ptr(),
+        workers=devices.workers(coords, 1),
     )
 
 
@@ -77,11 +86,15 @@ def extract_patches_forward(
     out: Tensor,
 ) -> None:
     """Write ``scale·pixel + offset`` of every box into ``out`` [B, K, C, h, w]."""
+    kernels = devices.kernels(images)
+    if kernels is not _C and not pixels.plain:
+        return reference.extract_patches_forward(images, coords, flips, index, pixels, out)
     coords = coords.contiguous()
     flips = None if flips is None else flips.contiguous()
     index = None if index is None else index.contiguous()
-    _C.extract_patches_forward(
-        **_patch_set(images.shape, coords, flips, out.shape, pixels, _threads(out.numel())),
+    workers = devices.workers(images, _threads(out.numel()))
+    kernels.extract_patches_forward(
+        **_patch_set(images.shape, coords, flips, out.shape, pixels, workers),
         offset=pixels.offset,
         fill=pixels.fill,
         images=images.data_ptr(),
@@ -103,15 +116,20 @@ def extract_patches_backward(
     grad_images: Tensor,
 ) -> None:
     """Write into ``grad_images`` [N, C, H, W] the sum of the patches' gradients at every pixel."""
+    kernels = devices.kernels(grad)
+    if kernels is not _C and not pixels.plain:
+        return reference.extract_patches_backward(grad, coords, flips, index, pixels, grad_images)
     coords = coords.contiguous()
     flips = None if flips is None else flips.contiguous()
-    threads = _threads(grad.numel() + grad_images.numel())
+    workers = devices.workers(grad, _threads(grad.numel() + grad_images.numel()))
     order = starts = None
     if index is not None:
         ordered, order = index.sort(stable=True)
-        starts = torch.searchsorted(ordered, torch.arange(grad_images.shape[0] + 1))
-    _C.extract_patches_backward(
-        **_patch_set(grad_images.shape, coords, flips, grad.shape, pixels, threads),
+        starts = torch.searchsorted(
+            ordered, torch.arange(grad_images.shape[0] + 1, device=index.device)
+        )
+    kernels.extract_patches_backward(
+        **_patch_set(grad_images.shape, coords, flips, grad.shape, pixels, workers),
         grad=grad.data_ptr(),
         grad_type=SCALARS[grad.dtype],
         grad_strides=grad.stride(),
@@ -129,7 +147,7 @@ def _patch_set(
     flips: Tensor | None,
     patch_shape: Sequence[int],
     pixels: Pixels,
-    threads: int,
+    workers: int | tuple[int, int],
 ) -> dict[str, object]:
     _, channels, image_height, image_width = image_shape
     return {
@@ -146,7 +164,7 @@ def _patch_set(
         "interpolation": INTERPOLATIONS.index(pixels.interpolation),
         "antialias": pixels.antialias,
         "padding": PADDING_MODES.index(pixels.padding_mode),
-        "threads": threads,
+        "workers": workers,
     }
 
 
