@@ -16,7 +16,7 @@ INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cs
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint install clean
+.PHONY: help demo test lint gpu install clean
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]"
@@ -46,6 +46,10 @@ lint: $(VENV)/installed-dev  ## check style and types, without changing a file
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+# Of the machine's own interpreter: torch with CUDA is there, and nothing can be installed.
+gpu:  ## on a machine with a GPU: build, tests, sanitizers and timings there, in nine minutes
+	$(PYTHON) -m benchmarks.gpu_gate
 
 install: $(VENV)/installed-dev  ## make the environment for development, and nothing else
 

@@ -1,0 +1,163 @@
+"""What only a GPU can show: graphs, streams, that nothing waits for the device, and CUDA tensors
+through the public functions.
+
+Values are held by the conformance suite, where the GPU's kernels are one of the variants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcontrast as fc
+from fastcontrast import backends
+from fastcontrast.backends import native
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _waiting_is_allowed_afterwards() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def needs(op: str) -> None:
+    reason = backends.why_not("native", op, torch.empty(0, device="cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def points(dtype: torch.dtype = torch.float32, rows: int = 1000, dim: int = 128) -> list[Tensor]:
+    return [torch.randn(rows, dim, dtype=dtype, device="cuda") for _ in range(3)]
+
+
+def loss_and_gradients(inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    loss = fc.triplet_ratio_loss(*leaves, backend="native")
+    return [loss, *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_triplets_on_the_gpu(dtype: torch.dtype) -> None:
+    needs("triplet_distances")
+    inputs = points(dtype)
+    found = loss_and_gradients(inputs)
+    truth = [x.cpu().double() for x in inputs]
+    leaves = [x.requires_grad_() for x in truth]
+    loss = fc.triplet_ratio_loss(*leaves, backend="reference")
+    for ours, true in zip(found, [loss, *torch.autograd.grad(loss, leaves)], strict=True):
+        # A sum of 128 squares, a root and a sigmoid in float32; one rounding to a half dtype.
+        limit = 1e-5 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps
+        error = (ours.cpu().double() - true).norm() / true.norm()
+        assert float(error) < limit
+
+
+def test_patches_on_the_gpu_are_those_of_the_cpu() -> None:
+    needs("extract_patches")
+    images = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8)
+    options = dict(hflip=0.5, vflip=0.5, mean=(0.5, 0.4, 0.3), std=0.25, seed=7, step=3)
+    truth = fc.random_patches(images, 8, 32, **options, backend="reference")
+    found = fc.random_patches(images.cuda(), 8, 32, **options, backend="native")
+    assert torch.equal(found.coords.cpu(), truth.coords)
+    assert torch.equal(found.flips.cpu(), truth.flips)
+    # The multiplication and addition may be one instruction.
+    torch.testing.assert_close(found.data.cpu(), truth.data, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    needs("extract_patches")
+    needs("triplet_distances")
+    images = torch.rand(4, 3, 32, 32, device="cuda", requires_grad=True)
+    module = fc.RandomPatches(4, 8, hflip=0.5, mean=0.5, std=0.5, seed=1, backend="native").cuda()
+    inputs = points()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    loss_and_gradients(inputs)
+    module(images).data.sum().backward()
+
+
+def test_a_replayed_graph_draws_new_patches() -> None:
+    needs("extract_patches")
+    images = torch.rand(4, 3, 32, 32, device="cuda")
+    module = fc.RandomPatches(4, 8, hflip=0.5, seed=1, backend="native").cuda()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        module(images)  # warms up what is loaded at the first call
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        patches = module(images)
+    for step in range(1, 4):
+        graph.replay()
+        truth = fc.random_patches(images, 4, 8, hflip=0.5, seed=1, step=step, backend="reference")
+        assert torch.equal(patches.coords, truth.coords)
+        assert torch.equal(patches.data, truth.data)
+
+
+def test_a_captured_loss_is_that_of_an_eager_call() -> None:
+    needs("triplet_distances")
+    inputs = points()
+    truth = loss_and_gradients(inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        loss_and_gradients(inputs)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = loss_and_gradients(inputs)
+    for _ in range(2):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def test_kernels_run_on_the_current_stream() -> None:
+    """Behind work that takes long there: on another stream they would read zeros."""
+    needs("triplet_distances")
+    inputs = [torch.zeros(64, 128, device="cuda") for _ in range(3)]
+    values = points(rows=64)
+    truth = torch.linalg.vector_norm(values[0] - values[1], dim=1)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for x, value in zip(inputs, values, strict=True):
+            x.copy_(value)
+        found = fc.triplet_distances(*inputs, backend="native").positive
+    stream.synchronize()
+    torch.testing.assert_close(found, truth)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows that start behind 2³¹ elements: 5 GB of bfloat16."""
+    needs("triplet_distances")
+    if torch.cuda.mem_get_info()[0] < 8 << 30:
+        pytest.skip("less than 8 GiB of free GPU memory")
+    rows, dim = 3, 128
+    memory = torch.zeros(2**31 + 2**20, dtype=torch.bfloat16, device="cuda")
+    wide = memory.as_strided((rows, dim), (2**30, 1))
+    wide.copy_(torch.randn(rows, dim, device="cuda"))
+    others = [x.bfloat16() for x in points(rows=rows)[:2]]
+    found = fc.triplet_distances(wide, *others, backend="native").positive
+    truth = fc.triplet_distances(wide.contiguous(), *others, backend="native").positive
+    assert torch.equal(found, truth)
+
+
+def test_a_launch_that_fails_is_an_error_with_its_shape() -> None:
+    """A device that is not there: the current device stays, and the message names the kernel."""
+    needs("triplet_distances")
+    kernels = native.devices.kernels(torch.empty(0, device="cuda"))
+    addresses, strides = (0, 0, 0), (1, 1, 1)
+    before = torch.cuda.current_device()
+    with pytest.raises(RuntimeError, match="could not"):
+        kernels.triplet_distances_forward(
+            addresses, strides, 3, 1, 1, 0, (torch.cuda.device_count(), 0), addresses, 0
+        )
+    assert torch.cuda.current_device() == before
