@@ -69,6 +69,15 @@ def test_mistakes_are_found(name: str, message: str) -> None:
         probe(name, IN)
 
 
+def test_division_by_multiplication() -> None:
+    top = 2**31 - 1
+    random = torch.randint(1, top, (200,)).tolist()
+    for d in (1, 2, 3, 7, 64, 65, 2**16 - 1, 2**16, 2**30 + 1, top, *random[:20]):
+        for n in (0, 1, d - 1, d, d + 1, 7 * d - 1, top, *random):
+            if n <= top:
+                assert cuda_emulation.module().quotient(n, d) == n // d, (n, d)
+
+
 def triplet_results() -> list[Tensor]:
     torch.manual_seed(0)
     results = []

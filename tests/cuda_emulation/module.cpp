@@ -3,12 +3,16 @@
 #include <cuda_runtime.h>
 
 #include "cuda/bindings.h"
+#include "cuda/channel_maps.h"
 #include "probes.h"
 
 PYBIND11_MODULE(_cuda_emulation, m) {
   fastcontrast::cuda::bind(m);
   m.def("set_order", [](int order) {
     cuda_emulation::machine().order = static_cast<cuda_emulation::Order>(order);
+  });
+  m.def("quotient", [](uint32_t n, uint32_t d) {
+    return fastcontrast::cuda::quotient(n, fastcontrast::cuda::divisor(d));
   });
   m.def("probe", &cuda_emulation::probe);
 }

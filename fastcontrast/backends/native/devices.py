@@ -32,8 +32,7 @@ def workers(tensor: Tensor, threads: int) -> int | tuple[int, int]:
     """What runs a call: ``threads`` on CPU; device and current stream for a CUDA tensor."""
     if not tensor.is_cuda:
         return threads
-    stream = torch.cuda.current_stream(tensor.device)
-    return stream.device_index, stream.cuda_stream
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def cuda_problem(tensor: Tensor) -> str | None:
