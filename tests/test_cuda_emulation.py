@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastcontrast as fc
 from fastcontrast.backends import native
+from fastcontrast.backends.patch_sets import Draws, Pixels
 
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 IN = list(range(7, 7 + 128))
@@ -104,12 +105,17 @@ def patch_results() -> list[Tensor]:
 def test_the_step_is_read_from_memory() -> None:
     """A captured graph reads it when it is replayed, so that new boxes are drawn."""
     truth = fc.sample_coords(2, 3, (30, 31), 7, hflip=0.5, seed=-5, step=2**40 + 3)
+    draws = Draws(
+        seed=0, step=0, first_patch=0, image_size=(30, 31), size=(7, 7), thresholds=(2**31, 0),
+        padding=(0, 0), grid=(1, 1), area=(0, 0), factors=None, limits=(0, 0, 0), min_distance=0,
+        max_iou=-1,
+    )  # fmt: skip
     for patched in (nullcontext(), cuda_emulation.active()):  # the CPU's entry takes a key as well
         coords = torch.zeros(2, 3, 4, dtype=torch.int32)
         flips = torch.zeros(2, 3, dtype=torch.uint8)
         key = torch.tensor([-5, 2**40 + 3])
         with patched:
-            native.sample_coords(coords, flips, None, key, 0, 0, (30, 31), (7, 7), (2**31, 0))
+            native.sample_coords(coords, flips, None, key, draws)
         assert torch.equal(coords, truth[0])
         assert torch.equal(flips, truth[1])
 
@@ -118,16 +124,16 @@ def test_patches_in_any_layout_of_the_output() -> None:
     """Channels last among them: the kernels write to the strides that they are given."""
     images = torch.randint(0, 256, (2, 4, 9, 20), dtype=torch.uint8)
     coords, flips = fc.sample_coords(2, 3, (9, 20), (4, 8), hflip=0.5, seed=1)
-    scale, offset = [0.5, 1.0, 2.0, 4.0], [1.0]
+    pixels = Pixels([0.5, 1.0, 2.0, 4.0], [1.0], "none", False, "error", [])
     truth = torch.empty(2, 3, 4, 4, 8)
-    native.extract_patches_forward(images, coords, flips, scale, offset, truth)
+    native.extract_patches_forward(images, coords, flips, None, pixels, truth)
     for order in itertools.permutations((0, 1, 2)):
         shape = [(4, 4, 8)[axis] for axis in order]
         inverse = [2 + order.index(axis) for axis in range(3)]
         out = torch.full((2, 3, *shape), torch.nan).permute(0, 1, *inverse)
         assert out.shape == truth.shape
         with cuda_emulation.active():
-            native.extract_patches_forward(images, coords, flips, scale, offset, out)
+            native.extract_patches_forward(images, coords, flips, None, pixels, out)
         assert torch.equal(out, truth)
 
 
