@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(THREADS)
       const int64_t batch = plan.order ? plan.order[i] : i;
       const G* grad =
           (const G*)plan.grad + batch * plan.grad_stride[0] + channel * plan.grad_stride[2];
+#pragma unroll 1  // unrolled, its strides do not fit the registers of sm_100
       for (int64_t k = 0; k < plan.num_patches; ++k) {
         const int64_t patch = batch * plan.num_patches + k;
         const Box box = plan.coords[patch];
