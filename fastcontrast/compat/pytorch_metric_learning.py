@@ -4,6 +4,9 @@
 of the library's own, so that wrappers, loggers and checkpoints know them.
 """
 
+# Where the library is not installed, pyright takes this file for it.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from typing import Any
