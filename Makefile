@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= auto
 DEMO_ARGS ?=
 
 # Threads that spin while they wait for work make small calls a hundred times slower where other
@@ -29,6 +30,7 @@ help:  ## this list
 	@echo "  PIP_ARGS     further arguments of pip install; Linux without an NVIDIA GPU, to save GBs:"
 	@echo '               PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"'
 	@echo '  PYTEST_ARGS  further arguments of pytest: PYTEST_ARGS="-k philox"'
+	@echo '  WORKERS      processes that share the tests, one per core unless given ($(WORKERS))'
 	@echo '  DEMO_ARGS    further flags of the demo: DEMO_ARGS="--steps 300 --seed 1"'
 
 demo: $(VENV)/installed-train  ## train on the embedded digits, 2 minutes on two cores: runs/demo/
@@ -36,10 +38,13 @@ demo: $(VENV)/installed-train  ## train on the embedded digits, 2 minutes on two
 	@echo
 	@echo "The results are in runs/demo/; the embedding as a picture: runs/demo/embedding.png"
 
+# Neighbouring tests stay in one process as long as both have work: they share what they prepare.
+SHARED = -n $(WORKERS) --dist worksteal
+
 # Triton's interpreter has to be chosen before Python starts, so its part is a run of its own.
 test: $(VENV)/installed-test  ## run the whole test suite
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(SHARED) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(SHARED) $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev  ## check style and types, without changing a file
 	$(VENV)/bin/ruff check .

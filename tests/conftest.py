@@ -8,6 +8,10 @@ from collections.abc import Iterator
 # Before torch starts its threads: on a busy machine, threads that spin while they wait make small
 # calls a hundred times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Processes that share the tests (pytest -n) share the cores as well.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
 
 import pytest
 import torch

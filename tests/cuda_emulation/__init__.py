@@ -58,6 +58,8 @@ def why_not() -> str | None:
 @cache
 def module() -> ModuleType:
     """Return the extension module, built unless a build of the same sources is there."""
+    import fcntl
+
     import pybind11
 
     include = [HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
@@ -68,10 +70,12 @@ def module() -> ModuleType:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "fastcontrast-tests"
     built = folder / f"{NAME}-{digest.hexdigest()[:16]}.so"
-    if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _build(command, Path(scratch), built)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that share the tests build it once
+        if not built.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                _build(command, Path(scratch), built)
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(built))
     spec = importlib.util.spec_from_loader(NAME, loader)
     assert spec is not None
@@ -94,7 +98,7 @@ def _build(command: list[str], scratch: Path, built: Path) -> None:
         objects = list(pool.map(compile_one, SOURCES))
     linked = scratch / "linked.so"
     _run([command[0], "-shared", *map(str, objects), "-o", str(linked)])
-    linked.replace(built)  # at once: another session may be building it too
+    linked.replace(built)  # whole or not at all
 
 
 def _run(command: list[str]) -> None:
