@@ -139,8 +139,8 @@ void reduce_columns(const Tile<T>& tile, int64_t begin, int64_t end, T* max, T* 
 
 // Merges the groups' column states, in order, into those carried between tiles.
 template <typename T>
-void merge_columns(const Tile<T>& tile, const RowStatistics<T>& out, const T* max, const T* sum) {
-  const int64_t groups = (tile.rows + COLUMN_GROUP - 1) / COLUMN_GROUP;
+void merge_columns(const Tile<T>& tile, const RowStatistics<T>& out, int64_t groups, const T* max,
+                   const T* sum) {
 #pragma omp parallel for num_threads(tile.threads) if (tile.threads > 1) schedule(static)
   for (int64_t j = 0; j < tile.columns; ++j) {
     T total_max = out.column_max[j];
@@ -173,7 +173,7 @@ bool forward_with_columns(const Tile<T>& tile, const RowStatistics<T>& out, T wi
     }
     reduce_columns(tile, begin, end, states + g * tile.columns, sums + g * tile.columns);
   }
-  merge_columns(tile, out, states, sums);
+  merge_columns(tile, out, groups, states, sums);
   free(states);
   return true;
 }

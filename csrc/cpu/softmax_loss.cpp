@@ -1,6 +1,5 @@
 // Maths: row losses a softplus(lse - positive) + b entropy and their pair weights at once, for a
-// tile
-//   that holds all columns of its rows. With p = 2^(t - lse2), the gradient by a score is
+//   tile that holds all columns of its rows. With p = 2^(t - lse2), the gradient by a score is
 //   p (g_lse - b (log p + entropy)), g_lse = a σ(lse - positive). Where b = 0 it is the exponential
 //   2^(t - max) up to a factor of the row that is known when the row has been summed: one
 //   exponential per score, else two. Rows with a near pair or something infinite go the long way of
@@ -9,8 +8,7 @@
 // Memory: one row at a time goes through the first two caches three times: closest pair, weights,
 //   common factor with column sums.
 // Numerics: as in distance_softmax.cpp; scores are differences from the closest pair before they
-// are
-//   scaled, so that large scores lose nothing.
+//   are scaled, so that large scores lose nothing.
 #include "cpu/distance_softmax.h"
 
 #include <stdlib.h>

@@ -35,6 +35,9 @@ FC_INLINE void weigh_row(const Tile<T>& tile, const TileGradient<T>& grad, int64
   const T lse2_low = (T)(lse2 - (double)lse2_high);
   const T entropy = from.entropy;
   const T floor = smallest_exponent(T(0));
+  const T* high = columns.lse2_high;
+  const T* low = columns.lse2_low;
+  const T* grad_lse = columns.grad_lse;
   double row_sum = 0, score_product = 0;
   for (int64_t begin = 0; begin < tile.columns; begin += SUM_CHUNK) {
     const int64_t end = smaller(begin + SUM_CHUNK, tile.columns);
@@ -47,8 +50,8 @@ FC_INLINE void weigh_row(const Tile<T>& tile, const TileGradient<T>& grad, int64
       const T log_p = (u < floor ? floor : u) * T(LN_2);
       T g = exp2_flushed(u) * (gl - gh * (log_p + entropy)) + gs;
       if (by_columns) {
-        const T v = (score - columns.lse2_high[j]) - columns.lse2_low[j];
-        g += columns.grad_lse[j] * exp2_flushed(v);
+        const T v = (score - high[j]) - low[j];
+        g += grad_lse[j] * exp2_flushed(v);
       }
       const bool counts = score != T(-INFINITY);
       const T w = counts ? flush_denormal(pair_weight<metric>(g, score, tile.scale, scale2)) : T(0);

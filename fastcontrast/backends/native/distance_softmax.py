@@ -92,7 +92,7 @@ def softmax_loss(
     gradients = _Gradients(operands, needs)
     loss = x.new_zeros(m, dtype=dtype)
     ce_weight, entropy_weight = (
-        None if value is None else value.detach().to(dtype).contiguous() for value in weights[:2]
+        None if value is None else _plain(value.detach(), dtype) for value in weights[:2]
     )
     entry = getattr(_C, f"softmax_loss_{operands.suffix}")
     with _ieee_products():
@@ -323,8 +323,7 @@ class _Operands:
         tile: tuple[int, int] | None = None,
     ) -> None:
         self.tile_rows, self.tile_columns = tile or (TILE_ROWS, TILE_COLUMNS)
-        self.given_x = x.detach().to(dtype).resolve_neg().contiguous()
-        self.given_y = y.detach().to(dtype).resolve_neg().contiguous()
+        self.given_x, self.given_y = _plain(x.detach(), dtype), _plain(y.detach(), dtype)
         self.x, self.y = self.given_x, self.given_y
         self.x_sqnorm = self.y_sqnorm = None
         self.suffix = "float64" if dtype == torch.float64 else "float32"
@@ -339,7 +338,7 @@ class _Operands:
         self.tile_columns = -(-self.tile_columns // alignment) * alignment
         self.exclude = None
         if scores.exclude is not None:
-            self.exclude = scores.exclude.to(torch.int64).contiguous()
+            self.exclude = _plain(scores.exclude, torch.int64)
         self.row_ids, self.column_ids = _narrow_ids(scores.row_ids, scores.column_ids)
         self.constants = {
             "metric": METRICS.index(scores.metric),
