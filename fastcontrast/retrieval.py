@@ -12,7 +12,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastcontrast.ops.checks import check_count, check_integers, check_operands, check_scale
+from fastcontrast.ops.checks import (
+    check_count,
+    check_integers,
+    check_operands,
+    check_pairs,
+    check_scale,
+)
 from fastcontrast.ops.distance_softmax import distance_softmax
 from fastcontrast.ops.nearest import Nearest, nearest
 from fastcontrast.ops.pairs import paired_distance
@@ -257,11 +263,7 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> Tensor:
         >>> alignment(torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [1.0]]))
         tensor(2.)
     """
-    check_operands("x", x, "y", y)
-    if x.shape != y.shape:
-        raise ValueError(
-            f"x and y must have the same shape, got {list(x.shape)} and {list(y.shape)}"
-        )
+    check_pairs("x", x, "y", y)
     check_scale("alpha", alpha)
     if alpha == 2:
         return paired_distance(x, y, squared=True).mean()

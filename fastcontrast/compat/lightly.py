@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastcontrast.compat.gathering import gathered, rank, world
 from fastcontrast.losses.info_nce import info_nce_loss
-from fastcontrast.ops.checks import check_operands, inverse_temperature
+from fastcontrast.ops.checks import check_pairs, inverse_temperature
 from fastcontrast.ops.contrast_loss import Candidates, contrast_loss
 from fastcontrast.ops.normalized import normalized
 
@@ -76,12 +76,7 @@ class NTXentLoss(nn.Module):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Loss of views [M, D] and [M, D]; a bank is updated where ``out0`` needs a gradient."""
-        check_operands("out0", out0, "out1", out1)
-        if out0.shape != out1.shape:
-            raise ValueError(
-                "out0 and out1 must have the same shape [M, D], "
-                f"got {list(out0.shape)} and {list(out1.shape)}"
-            )
+        check_pairs("out0", out0, "out1", out1)
         if self.memory_bank.size[0]:
             return self._against_bank(out0, out1)
         rows = normalized(torch.cat([out0, out1]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.ops.checks import check_choice, check_operands, check_scale
+from fastcontrast.ops.checks import check_choice, check_pairs, check_scale
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
 from fastcontrast.ops.distance_softmax import accumulator_dtype
 from fastcontrast.ops.normalized import normalized
@@ -66,12 +66,7 @@ def clip_loss(
         tensor(0.1269)
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    check_operands("image_features", image_features, "text_features", text_features)
-    if image_features.shape != text_features.shape:
-        raise ValueError(
-            "image_features and text_features must have the same shape [M, D], "
-            f"got {list(image_features.shape)} and {list(text_features.shape)}"
-        )
+    check_pairs("image_features", image_features, "text_features", text_features)
     check_scale("logit_scale", logit_scale)
     reweighting = Reweighting(label_smoothing)
     reweighting.check()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastcontrast.losses.info_nce import info_nce_loss
 from fastcontrast.losses.memory_queue import MemoryQueue
-from fastcontrast.ops.checks import check_operands
+from fastcontrast.ops.checks import check_pairs
 
 
 def multiple_negatives_ranking_loss(
@@ -71,12 +71,7 @@ def multiple_negatives_ranking_loss(
         >>> multiple_negatives_ranking_loss(anchor, positive, hard, temperature=1.0)
         tensor(0.6265)
     """
-    check_operands("anchor", anchor, "positive", positive)
-    if anchor.shape != positive.shape:
-        raise ValueError(
-            "anchor and positive must have the same shape [M, D], "
-            f"got {list(anchor.shape)} and {list(positive.shape)}"
-        )
+    check_pairs("anchor", anchor, "positive", positive)
     if isinstance(negatives, Tensor) and negatives.dim() == 3 and share_negatives:
         if negatives.shape[0] != anchor.shape[0]:
             raise ValueError(

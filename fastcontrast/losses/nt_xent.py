@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcontrast.losses.memory_queue import MemoryQueue, with_entries
-from fastcontrast.ops.checks import METRICS, check_choice, check_operands, inverse_temperature
+from fastcontrast.ops.checks import METRICS, check_choice, check_pairs, inverse_temperature
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
 from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.reduction import REDUCTIONS
@@ -72,12 +72,7 @@ def nt_xent_loss(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("metric", metric, METRICS)
-    check_operands("view1", view1, "view2", view2)
-    if view1.shape != view2.shape:
-        raise ValueError(
-            "view1 and view2 must have the same shape [M, D], "
-            f"got {list(view1.shape)} and {list(view2.shape)}"
-        )
+    check_pairs("view1", view1, "view2", view2)
     scale = inverse_temperature(temperature, view1, view2)
     reweighting = Reweighting(label_smoothing, tau_plus, hardness)
     reweighting.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.ops.checks import check_choice, check_operands, check_scale
+from fastcontrast.ops.checks import check_choice, check_pairs, check_scale
 from fastcontrast.ops.pairs import paired_distance
 from fastcontrast.ops.reduction import REDUCTIONS, reduce
 
@@ -52,11 +52,7 @@ def siamese_contrastive_loss(
         tensor([2.0000, 0.1250])
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    check_operands("x", x, "y", y)
-    if x.shape != y.shape:
-        raise ValueError(
-            f"x and y must have the same shape [M, D], got {list(x.shape)} and {list(y.shape)}"
-        )
+    check_pairs("x", x, "y", y)
     if not isinstance(same, Tensor) or same.dtype != torch.bool:
         kind = same.dtype if isinstance(same, Tensor) else type(same).__name__
         raise TypeError(f"same must be a bool tensor, got {kind}")

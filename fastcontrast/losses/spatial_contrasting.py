@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastcontrast.losses.info_nce import info_nce_loss
-from fastcontrast.ops.checks import check_operands
+from fastcontrast.ops.checks import check_pairs
 
 
 def spatial_contrasting_loss(
@@ -60,12 +60,7 @@ def spatial_contrasting_loss(
         >>> spatial_contrasting_loss(same, same)  # nothing to tell apart: log 4
         tensor(1.3863)
     """
-    check_operands("anchors", anchors, "positives", positives)
-    if anchors.shape != positives.shape:
-        raise ValueError(
-            "anchors and positives must have the same shape [M, D], "
-            f"got {list(anchors.shape)} and {list(positives.shape)}"
-        )
+    check_pairs("anchors", anchors, "positives", positives)
 
     return info_nce_loss(
         anchors,

@@ -39,6 +39,16 @@ def check_operands(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
         )
 
 
+def check_pairs(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+    """Raise unless both are floating-point matrices [M, D] on one device, row for row a pair."""
+    check_operands(x_name, x, y_name, y)
+    if x.shape != y.shape:
+        raise ValueError(
+            f"{x_name} and {y_name} must have the same shape [M, D], "
+            f"got {list(x.shape)} and {list(y.shape)}"
+        )
+
+
 def check_scale(name: str, value: float | Tensor) -> None:
     """Raise unless ``value`` is a positive number or a 0-dim floating-point tensor.
 

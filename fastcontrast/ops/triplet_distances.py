@@ -18,7 +18,7 @@ from torch import Tensor
 from fastcontrast import backends
 from fastcontrast.backends.reference.triplet_distances import differentiable_distances
 from fastcontrast.backends.scores import accumulator_dtype
-from fastcontrast.ops.checks import check_choice, check_operands
+from fastcontrast.ops.checks import check_choice, check_pairs
 from fastcontrast.ops.double_backward import differentiable_gradients
 
 DISTANCES = ("l2", "sqeuclidean")
@@ -91,12 +91,7 @@ def checked_triplets(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], str]:
     """The points in their common dtype and the backend that runs, or raise; arguments as above."""
     for name, other in (("positive", positive), ("negative", negative)):
-        check_operands("anchor", anchor, name, other)
-        if other.shape != anchor.shape:
-            raise ValueError(
-                f"anchor and {name} must have the same shape [M, D], "
-                f"got {list(anchor.shape)} and {list(other.shape)}"
-            )
+        check_pairs("anchor", anchor, name, other)
     check_choice("metric", metric, DISTANCES)
     if not anchor.dtype == positive.dtype == negative.dtype:
         dtype = torch.promote_types(anchor.dtype, positive.dtype)
