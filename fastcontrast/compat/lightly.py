@@ -91,7 +91,7 @@ class NTXentLoss(nn.Module):
         own, target = torch.cat([own, own + n]), torch.cat([own + n, own])
         scale = inverse_temperature(self.temperature, rows)
         return contrast_loss(
-            Candidates(rows, columns, target, own, None, None, "dot", scale, -1.0),
+            Candidates(rows, columns, target, own, None, None, "dot", scale),
             all_pay=True,
             reduction="mean",
             precision="auto",

@@ -77,9 +77,7 @@ def clip_loss(
         image_features, text_features = normalized(image_features), normalized(text_features)
     target = torch.arange(image_features.shape[0], device=image_features.device)
     return contrast_loss(
-        Candidates(
-            image_features, text_features, target, None, None, None, "dot", logit_scale, -1.0
-        ),
+        Candidates(image_features, text_features, target, None, None, None, "dot", logit_scale),
         symmetric=True,
         all_pay=True,
         reweighting=reweighting,

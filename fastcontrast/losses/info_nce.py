@@ -137,7 +137,6 @@ def info_nce_loss(
         if not in_batch or (negatives is not None and negatives.dim() == 3):
             raise ValueError("symmetric needs in_batch=True and no negatives [M, K, D]")
     shared, own = _further_keys(negatives, query)
-    lowest = -1.0 if metric in ("cosine", "dot") else float("-inf")
     positive = None if in_batch else key
     columns = with_entries(key if in_batch else key[:0], queue, shared)
     if metric == "cosine":
@@ -145,7 +144,7 @@ def info_nce_loss(
         positive = None if positive is None else normalized(positive)
         own = None if own is None else normalized(own.flatten(0, 1)).view(own.shape)
     return contrast_loss(
-        Candidates(query, columns, target, None, positive, own, metric, scale, lowest),
+        Candidates(query, columns, target, None, positive, own, metric, scale),
         symmetric=symmetric,
         row_weight=row_weight,
         all_pay=all_pay,

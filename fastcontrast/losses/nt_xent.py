@@ -81,7 +81,6 @@ def nt_xent_loss(
     if rows.dtype in (torch.float16, torch.bfloat16):
         # Every row is a column too: its two gradients are added before they are rounded.
         rows, precision = rows.float(), "ieee"
-    lowest = -1.0 if metric in ("cosine", "dot") else float("-inf")
     if metric == "cosine":
         rows, metric = normalized(rows), "dot"
         columns = with_entries(rows, queue)
@@ -92,7 +91,7 @@ def nt_xent_loss(
     own = torch.arange(2 * m, device=rows.device)
     target = own.roll(m)
     return contrast_loss(
-        Candidates(rows, columns, target, own, None, None, metric, scale, lowest),
+        Candidates(rows, columns, target, own, None, None, metric, scale),
         all_pay=True,
         reweighting=reweighting,
         reduction=reduction,

@@ -26,6 +26,7 @@ from fastcontrast.ops.pairs import paired_distance, paired_scores
 from fastcontrast.ops.softmax_loss import (
     LossWeights,
     log_add,
+    positive_scores,
     row_losses_of,
     softmax_loss,
     softplus,
@@ -75,7 +76,6 @@ class Candidates(NamedTuple):
         negatives: Further columns of each row alone [M, K, D], or None.
         metric: ``"l2"``, ``"sqeuclidean"`` or ``"dot"``.
         scale: 1 / temperature.
-        lowest_score: The least that a score can be before the scale, or -inf: bounds ``tau_plus``.
     """
 
     x: Tensor
@@ -86,7 +86,6 @@ class Candidates(NamedTuple):
     negatives: Tensor | None
     metric: str
     scale: float | Tensor
-    lowest_score: float
 
 
 def contrast_loss(
@@ -173,10 +172,14 @@ def _widened(c: Candidates) -> Candidates:
     return c._replace(x=x, y=y, positive=positive, negatives=negatives)
 
 
+def _scores(c: Candidates) -> Scores:
+    """Scores without each row's positive."""
+    return Scores(c.metric, c.scale, c.target[:, None], None, None, "all", "ieee")
+
+
 def _turned(c: Candidates) -> Candidates:
     """Columns as rows: the target of a column is the row whose positive it is."""
-    scores = Scores(c.metric, c.scale, c.target[:, None], None, None, "all", "ieee")
-    exclude = transposed(scores, c.y.shape[0]).exclude
+    exclude = transposed(_scores(c), c.y.shape[0]).exclude
     assert exclude is not None
     return c._replace(x=c.y, y=c.x, target=exclude[:, 0])
 
@@ -219,11 +222,9 @@ class _Direction:
 
     def _positive_scores(self) -> Tensor:
         c = self.c
-        found = c.positive
-        if found is None:
-            # F.embedding, because the gradient of y[target] is not deterministic on two threads.
-            found = torch.nn.functional.embedding(c.target.clamp(min=0), c.y)
-        return paired_scores(c.x, found, metric=c.metric, scale=c.scale)
+        if c.positive is None:
+            return positive_scores(c.x, c.y, _scores(c))
+        return paired_scores(c.x, c.positive, metric=c.metric, scale=c.scale)
 
     def _of_rows(self, values: Tensor) -> Tensor:
         return values if self.rows is None else values[self.rows.clamp(min=0)]
@@ -278,9 +279,8 @@ class _Direction:
         corrected = torch.where(positive_part, corrected, -torch.inf)
         # NaN, which no comparison holds for, must reach the loss.
         corrected = torch.where(torch.isnan(gap), gap, corrected)
-        if self.c.lowest_score != -math.inf:
-            floor = log_count + self.c.lowest_score * self.c.scale
-            corrected = torch.maximum(corrected, floor)
+        if self.c.metric == "dot":  # of unit vectors: no score is below -1 / temperature
+            corrected = torch.maximum(corrected, log_count - self.c.scale)
         return torch.where(count > 0, corrected, -torch.inf)
 
     def statistics(self, wanted: set[str], ks: Sequence[int]) -> LossStatistics:

@@ -37,7 +37,9 @@ from fastcontrast.ops.distance_softmax import (
     without_tensors,
 )
 
-__all__ = ["LossWeights", "log_add", "row_losses_of", "softmax_loss", "softplus"]
+__all__ = [
+    "LossWeights", "log_add", "positive_scores", "row_losses_of", "softmax_loss", "softplus",
+]  # fmt: skip
 
 
 def softmax_loss(
