@@ -131,9 +131,11 @@ def info_nce_loss(
     reweighting.check()
     if row_weight is not None:
         check_row_weight(row_weight, query)
+    diagonal = target is None
     target, all_pay = _targets(query, key, target, ignore_index, in_batch)
     if symmetric:
-        check_distinct("target", target)
+        if not diagonal:
+            check_distinct("target", target)
         if not in_batch or (negatives is not None and negatives.dim() == 3):
             raise ValueError("symmetric needs in_batch=True and no negatives [M, K, D]")
     shared, own = _further_keys(negatives, query)
