@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastcontrast.losses.memory_queue import MemoryQueue, labelled_columns
 from fastcontrast.ops.checks import METRICS, check_choice, inverse_temperature
-from fastcontrast.ops.label_softmax import class_statistics, reduce_paying
+from fastcontrast.ops.label_softmax import class_statistics
 from fastcontrast.ops.reduction import REDUCTIONS
 
 OBJECTIVES = ("nll", "error")
@@ -23,9 +26,10 @@ def nca_loss(
     metric: str = "sqeuclidean",
     temperature: float | Tensor = 1.0,
     reduction: str = "mean",
+    return_stats: Sequence[str] = (),
     precision: str = "auto",
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     r"""Raise the probability that a stochastic nearest neighbour has the row's class.
 
     .. math::
@@ -48,12 +52,15 @@ def nca_loss(
         temperature: See :func:`fastcontrast.info_nce_loss`.
         reduction: ``"mean"`` (over the rows that have a positive; of none, 0) and ``"sum"`` give a
             scalar, ``"none"`` gives [M].
+        return_stats: Figures to return beside the loss, as of :func:`fastcontrast.info_nce_loss`;
+            the rank is that of the best positive, for which it is searched, and ``"alignment"``
+            averages over all positive pairs, a pass of its own.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
     Returns:
         Loss, in nats for ``"nll"`` and in [0, 1] for ``"error"``, float32 (float64 for float64
-        inputs).
+        inputs); ``(loss, stats)`` with ``return_stats``.
 
     Raises:
         ValueError: If a shape or an option is not as above.
@@ -78,11 +85,12 @@ def nca_loss(
         columns.own,
         metric=metric,
         scale=inverse_temperature(temperature, embeddings, columns.keys),
+        return_stats=return_stats,
         precision=precision,
         backend=backend,
     )
     loss = found.share_loss if objective == "nll" else found.gap.sigmoid()
-    return reduce_paying(loss, found.pays, reduction)
+    return found.reduced(loss, reduction)
 
 
 class NCALoss(nn.Module):
@@ -96,6 +104,7 @@ class NCALoss(nn.Module):
         metric: str = "sqeuclidean",
         temperature: float | Tensor = 1.0,
         reduction: str = "mean",
+        return_stats: Sequence[str] = (),
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -105,6 +114,7 @@ class NCALoss(nn.Module):
         self.metric = metric
         self.temperature = temperature
         self.reduction = reduction
+        self.return_stats = tuple(return_stats)
         self.precision = precision
         self.backend = backend
 
@@ -114,7 +124,7 @@ class NCALoss(nn.Module):
         labels: Tensor,
         key: Tensor | None = None,
         key_labels: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """See :func:`nca_loss`."""
         return nca_loss(
             embeddings,
@@ -126,6 +136,7 @@ class NCALoss(nn.Module):
             metric=self.metric,
             temperature=self.temperature,
             reduction=self.reduction,
+            return_stats=self.return_stats,
             precision=self.precision,
             backend=self.backend,
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastcontrast.losses.memory_queue import MemoryQueue, labelled_columns
 from fastcontrast.ops.checks import METRICS, check_choice, inverse_temperature
-from fastcontrast.ops.label_softmax import class_statistics, reduce_paying
+from fastcontrast.ops.label_softmax import class_statistics
 from fastcontrast.ops.reduction import REDUCTIONS
 
 FORMS = ("out", "in")
@@ -23,9 +26,10 @@ def supcon_loss(
     metric: str = "cosine",
     temperature: float | Tensor = 0.1,
     reduction: str = "mean",
+    return_stats: Sequence[str] = (),
     precision: str = "auto",
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     r"""Pull together rows of one class, against all others; no mask of pairs is written.
 
     .. math::
@@ -51,11 +55,14 @@ def supcon_loss(
         temperature: See :func:`fastcontrast.info_nce_loss`.
         reduction: ``"mean"`` (over the rows that have a positive; of none, 0) and ``"sum"`` give a
             scalar, ``"none"`` gives [M].
+        return_stats: Figures to return beside the loss, as of :func:`fastcontrast.info_nce_loss`;
+            the rank is that of the best positive, for which it is searched, and ``"alignment"``
+            averages over all positive pairs, a pass of its own.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
     Returns:
-        Loss in nats, float32 (float64 for float64 inputs).
+        Loss in nats, float32 (float64 for float64 inputs); ``(loss, stats)`` with ``return_stats``.
 
     Raises:
         ValueError: If a shape or an option is not as above.
@@ -80,6 +87,7 @@ def supcon_loss(
         columns.own,
         metric=metric,
         scale=inverse_temperature(temperature, embeddings, columns.keys),
+        return_stats=return_stats,
         precision=precision,
         backend=backend,
     )
@@ -87,7 +95,7 @@ def supcon_loss(
         loss = found.share_loss + found.positive_count.log()
     else:
         loss = found.share_loss + found.positive_lse - found.positive_sum / found.positive_count
-    return reduce_paying(loss, found.pays, reduction)
+    return found.reduced(loss, reduction)
 
 
 class SupConLoss(nn.Module):
@@ -101,6 +109,7 @@ class SupConLoss(nn.Module):
         metric: str = "cosine",
         temperature: float | Tensor = 0.1,
         reduction: str = "mean",
+        return_stats: Sequence[str] = (),
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -110,6 +119,7 @@ class SupConLoss(nn.Module):
         self.metric = metric
         self.temperature = temperature
         self.reduction = reduction
+        self.return_stats = tuple(return_stats)
         self.precision = precision
         self.backend = backend
 
@@ -119,7 +129,7 @@ class SupConLoss(nn.Module):
         labels: Tensor,
         key: Tensor | None = None,
         key_labels: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """See :func:`supcon_loss`."""
         return supcon_loss(
             embeddings,
@@ -131,6 +141,7 @@ class SupConLoss(nn.Module):
             metric=self.metric,
             temperature=self.temperature,
             reduction=self.reduction,
+            return_stats=self.return_stats,
             precision=self.precision,
             backend=self.backend,
         )

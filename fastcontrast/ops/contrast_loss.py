@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastcontrast.backends.scores import Scores, transposed
 from fastcontrast.ops.checks import check_fraction, check_scale
-from fastcontrast.ops.distance_softmax import accumulator_dtype, distance_softmax
+from fastcontrast.ops.distance_softmax import RowStatistics, accumulator_dtype, distance_softmax
 from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.pairs import paired_distance, paired_scores
 from fastcontrast.ops.softmax_loss import (
@@ -32,12 +32,11 @@ from fastcontrast.ops.softmax_loss import (
     softplus,
 )
 from fastcontrast.ops.statistics import (
-    LossStatistics,
-    LossWithStatistics,
+    Wanted,
     check_statistics,
     joined_entropy,
-    needs_rank,
-    share,
+    mean_potential,
+    with_statistics,
 )
 
 
@@ -48,11 +47,13 @@ class Reweighting(NamedTuple):
         label_smoothing: Share of the target spread over all columns that count, in [0, 1).
         tau_plus: Probability that a negative is of the positive's class, in [0, 1).
         hardness: Concentration on negatives of high score, at least 0.
+        positive_in_sum: Whether the positive is one of the columns it is picked from.
     """
 
     label_smoothing: float = 0.0
     tau_plus: float = 0.0
     hardness: float = 0.0
+    positive_in_sum: bool = True
 
     def check(self) -> None:
         """Raise unless the options are in range and go together."""
@@ -93,6 +94,7 @@ def contrast_loss(
     *,
     symmetric: bool = False,
     row_weight: Tensor | None = None,
+    entropy_weight: Tensor | None = None,
     all_pay: bool = False,
     reweighting: Reweighting = Reweighting(),  # noqa: B008 (immutable)
     reduction: str,
@@ -107,7 +109,9 @@ def contrast_loss(
         symmetric: Average with the same of the columns; no ``own``, ``positive`` or ``negatives``
             then, and no two rows share a positive.
         row_weight: Weights of the rows [M], checked, or None for 1; they carry no gradient.
-        all_pay: Whether every row is known to have a positive, which saves looking.
+        entropy_weight: Weights of the entropies of rows without a positive [M], 0 elsewhere, or
+            None; added to the loss as they are. Neither symmetric nor with ``negatives``.
+        all_pay: Whether no row without a positive has a weight, which saves looking.
         reweighting: Options, checked.
         reduction: ``"mean"`` over the weights of the rows that pay (of none, 0), ``"sum"`` or
             ``"none"``, checked.
@@ -116,19 +120,18 @@ def contrast_loss(
         backend: See :func:`~fastcontrast.distance_softmax`.
     """
     c = candidates
-    wanted, ks = check_statistics(return_stats)
+    wanted = check_statistics(return_stats)
     weight = _row_weights(c, row_weight, all_pay, reduction)
     both = weight / 2 if symmetric else weight
     options = {"precision": precision, "backend": backend}
     plain = (
         reweighting == Reweighting()
-        and not wanted
-        and not ks
+        and wanted is None
         and c.positive is None
         and c.negatives is None
     )
     if plain:
-        weights = LossWeights(both, None, both if symmetric else None)
+        weights = LossWeights(both, entropy_weight, both if symmetric else None)
         function = row_losses_of if reduction == "none" else softmax_loss
         return function(
             c.x, c.y, c.target, weights, metric=c.metric, scale=c.scale, own=c.own, **options
@@ -136,16 +139,17 @@ def contrast_loss(
     if torch.promote_types(c.x.dtype, c.y.dtype) in (torch.float16, torch.bfloat16):
         # Operands reach the loss by several ways: their gradients are added before one rounding.
         c, options["precision"] = _widened(c), "ieee"
-    direction = _Direction(c, options)
+    direction = _Direction(c, options, wanted)
     loss = direction.losses(reweighting)
     if symmetric:
-        turned = _Direction(_turned(c), options, positive=direction.positive, rows=c.target)
+        turned = _Direction(_turned(c), options, None, direction.positive, rows=c.target)
         loss = loss + turned.losses(reweighting)
     loss = torch.where(both == 0, 0.0, both * loss)
+    if entropy_weight is not None:
+        entropies = entropy_weight * direction.over_columns().entropy
+        loss = loss + torch.where(entropy_weight == 0, 0.0, entropies)
     loss = loss if reduction == "none" else loss.sum()
-    if not return_stats:
-        return loss
-    return LossWithStatistics(loss, direction.statistics(wanted, ks))
+    return with_statistics(loss, direction, wanted)
 
 
 def _row_weights(c: Candidates, row_weight: Tensor | None, all_pay: bool, reduction: str) -> Tensor:
@@ -155,6 +159,8 @@ def _row_weights(c: Candidates, row_weight: Tensor | None, all_pay: bool, reduct
     if all_pay and row_weight is None:
         weight = 1.0 / max(1, m) if reduction == "mean" else 1.0
         return torch.full((m,), weight, dtype=dtype, device=device)
+    if all_pay and row_weight is not None and reduction != "mean":
+        return row_weight.detach().to(dtype)
     weight = (c.target >= 0).to(dtype)
     if row_weight is not None:
         weight = torch.where(weight == 0, 0.0, row_weight.detach().to(dtype))
@@ -193,7 +199,7 @@ class _Negatives(NamedTuple):
 
 
 class _Direction:
-    """Statistics of the negatives of every row, and the losses that follow from them.
+    """Statistics of the negatives of every row, and the losses and figures that follow from them.
 
     ``rows`` says which of them to report, with their ``positive`` scores: in the other direction
     of a symmetric loss, the column of each row's positive.
@@ -203,6 +209,7 @@ class _Direction:
         self,
         candidates: Candidates,
         options: dict,
+        wanted: Wanted | None,
         positive: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> None:
@@ -212,13 +219,14 @@ class _Direction:
         left_out = [column for column in columns if column is not None]
         self.exclude = torch.stack(left_out, 1) if left_out else None
         self.rows = rows
+        self.ranked = wanted is not None and wanted.rank
         self.positive = self._positive_scores() if positive is None else positive
         self.own_scores = None
         if c.negatives is not None and c.negatives.shape[1]:
             self.own_scores = paired_scores(
                 c.x[:, None], c.negatives, metric=c.metric, scale=c.scale
             )
-        self.plain = None
+        self.plain: RowStatistics | None = None
 
     def _positive_scores(self) -> Tensor:
         c = self.c
@@ -235,7 +243,7 @@ class _Direction:
         scale = c.scale if multiple == 1.0 else multiple * c.scale
         found = distance_softmax(
             c.x, c.y, metric=c.metric, scale=scale, exclude=self.exclude, score_sum=True,
-            threshold=self.positive.detach() if self.rows is None else None, **self.options,
+            threshold=self.positive.detach() if self.ranked else None, **self.options,
         )  # fmt: skip
         if multiple == 1.0:
             self.plain = found
@@ -251,7 +259,7 @@ class _Direction:
 
     def losses(self, reweighting: Reweighting) -> Tensor:
         """Loss of every reported row, unweighted."""
-        smoothing, tau_plus, hardness = reweighting
+        smoothing, tau_plus, hardness, positive_in_sum = reweighting
         if hardness:
             # N Σ e^{(1+β)s} / Σ e^{βs}: negatives weighted by e^{βs}, with weights of mean 1.
             harder, found = self.negatives(1.0 + hardness), self.negatives(hardness)
@@ -263,7 +271,8 @@ class _Direction:
         lse, score_sum, count = (self._of_rows(values) for values in found)
         if tau_plus:
             lse = self._debiased(lse, count, tau_plus)
-        loss = softplus(lse - self.positive)
+        loss = lse - self.positive
+        loss = softplus(loss) if positive_in_sum else loss
         if smoothing:
             total = score_sum + self.positive
             loss = loss + smoothing * (self.positive - total / (count + 1))
@@ -283,46 +292,50 @@ class _Direction:
             corrected = torch.maximum(corrected, log_count - self.c.scale)
         return torch.where(count > 0, corrected, -torch.inf)
 
-    def statistics(self, wanted: set[str], ks: Sequence[int]) -> LossStatistics:
-        """The figures asked for; see :class:`LossStatistics`."""
-        with torch.no_grad():
-            return self._statistics(wanted, ks)
-
-    def _statistics(self, wanted: set[str], ks: Sequence[int]) -> LossStatistics:
+    def over_columns(self) -> RowStatistics:
+        """Statistics over the columns that are no positives, at the loss's own temperature."""
         if self.plain is None:  # hardness took the scores at other temperatures
             self.negatives()
-        plain, positive, c = self.plain, self.positive.detach(), self.c
-        assert plain is not None
-        pays = c.target >= 0
-        lse, entropy, rank = plain.lse.detach(), plain.entropy.detach(), plain.rank
+        assert self.plain is not None
+        return self.plain
+
+    # The figures of ops/statistics.py, called without gradients.
+
+    def pays(self) -> Tensor:
+        return self.c.target >= 0
+
+    def lse(self) -> Tensor:
+        lse = self.over_columns().lse
+        if self.own_scores is not None:
+            lse = log_add(lse, self.own_scores.logsumexp(1))
+        return torch.where(self.pays(), log_add(lse, self.positive), lse)
+
+    def entropy(self) -> Tensor:
+        plain = self.over_columns()
+        lse, entropy = plain.lse, plain.entropy
+        if self.own_scores is not None:
+            own = self.own_scores.logsumexp(1)
+            own_entropy = torch.special.entr(self.own_scores.softmax(1)).sum(1)
+            entropy = joined_entropy(lse, entropy, own, own_entropy)
+            lse = log_add(lse, own)
+        return torch.where(self.pays(), joined_entropy(lse, entropy, self.positive, 0.0), entropy)
+
+    def rank(self) -> Tensor:
+        rank = self.over_columns().rank
         assert rank is not None
         if self.own_scores is not None:
-            own = self.own_scores.detach()
-            own_entropy = torch.special.entr(own.softmax(1)).sum(1)
-            entropy = joined_entropy(lse, entropy, own.logsumexp(1), own_entropy)
-            lse = log_add(lse, own.logsumexp(1))
-            rank = rank + (own > positive[:, None]).sum(1)
-        found: dict = {}
-        if "lse" in wanted:
-            found["lse"] = torch.where(pays, log_add(lse, positive), lse)
-        if "entropy" in wanted:
-            joined = joined_entropy(lse, entropy, positive, 0.0)
-            found["entropy"] = torch.where(pays, joined, entropy)
-        if needs_rank(wanted, ks):
-            found["rank"] = rank if "rank" in wanted else None
-            found["top1"] = share(rank == 0, pays) if "top1" in wanted else None
-            found["recall"] = {k: share(rank < k, pays) for k in ks} or None
-        if "alignment" in wanted:
-            partner = c.positive
-            if partner is None:
-                partner = c.y[c.target.clamp(min=0)] if c.y.shape[0] else c.x
-            d2 = paired_distance(normalized(c.x), normalized(partner), squared=True)
-            found["alignment"] = torch.where(pays, d2, 0.0).sum() / pays.sum()
-        if "uniformity" in wanted:
-            found["uniformity"] = self._uniformity()
-        return LossStatistics(**found)
+            rank = rank + (self.own_scores > self.positive[:, None]).sum(1)
+        return rank
 
-    def _uniformity(self) -> Tensor:
+    def alignment(self) -> Tensor:
+        c, pays = self.c, self.pays()
+        partner = c.positive
+        if partner is None:
+            partner = c.y[c.target.clamp(min=0)] if c.y.shape[0] else c.x
+        d2 = paired_distance(normalized(c.x), normalized(partner), squared=True)
+        return torch.where(pays, d2, 0.0).sum() / pays.sum()
+
+    def uniformity(self) -> Tensor:
         c = self.c
         x = normalized(c.x)
         rows = distance_softmax(
@@ -336,4 +349,4 @@ class _Direction:
             own = normalized(flat).view(c.negatives.shape)
             own = paired_scores(x[:, None], own, metric="sqeuclidean", scale=2.0)
             lse, count = log_add(lse, own.logsumexp(1)), count + own.shape[1]
-        return lse.logsumexp(0) - count.sum().to(lse.dtype).log()
+        return mean_potential(lse, count)

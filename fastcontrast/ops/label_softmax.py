@@ -7,18 +7,28 @@ two passes of ``distance_softmax`` give :math:`\log\sum_{P_i} e^s`, :math:`\sum_
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastcontrast.ops.distance_softmax import distance_softmax
+from fastcontrast.ops.distance_softmax import RowStatistics, distance_softmax
+from fastcontrast.ops.nearest import nearest
 from fastcontrast.ops.normalized import normalized
-from fastcontrast.ops.softmax_loss import softplus
+from fastcontrast.ops.pairs import paired_scores
+from fastcontrast.ops.softmax_loss import log_add, softplus
+from fastcontrast.ops.statistics import (
+    Wanted,
+    check_statistics,
+    joined_entropy,
+    mean_potential,
+    with_statistics,
+)
 
 
 class ClassStatistics(NamedTuple):
-    """Per row [M]; differentiable but for the two last.
+    """Per row [M]; differentiable but for the count and who pays.
 
     Attributes:
         gap: Log-sum-exp of the others minus that of the class, nats; 0 in a row without positives.
@@ -26,6 +36,8 @@ class ClassStatistics(NamedTuple):
         positive_sum: Sum of the scores of the class.
         positive_count: Number of positives, at least 1, in the dtype of the loss.
         pays: Whether the row has a positive.
+        passes: Both passes, for figures beside the loss.
+        wanted: Those asked for.
     """
 
     gap: Tensor
@@ -33,11 +45,25 @@ class ClassStatistics(NamedTuple):
     positive_sum: Tensor
     positive_count: Tensor
     pays: Tensor
+    passes: _Passes
+    wanted: Wanted | None
 
     @property
     def share_loss(self) -> Tensor:
         """-log of the share of the class in the softmax, [M]: softplus of the gap."""
         return softplus(self.gap)
+
+    def reduced(self, loss: Tensor, reduction: str) -> Any:
+        """Mean of the losses [M] of rows that pay (of none, 0), their sum, or the rows, others 0.
+
+        With the figures asked for beside it.
+        """
+        loss = torch.where(self.pays, loss, 0.0)
+        if reduction == "mean":
+            loss = loss.sum() / self.pays.sum().clamp(min=1)
+        elif reduction == "sum":
+            loss = loss.sum()
+        return with_statistics(loss, self.passes, self.wanted)
 
 
 def class_statistics(
@@ -49,10 +75,12 @@ def class_statistics(
     *,
     metric: str,
     scale: float | Tensor,
+    return_stats: Sequence[str] = (),
     precision: str,
     backend: str | None,
 ) -> ClassStatistics:
     """Both passes; ``own`` [M] names each row's own column, which is left out."""
+    wanted = check_statistics(return_stats)
     if torch.promote_types(x.dtype, y.dtype) in (torch.float16, torch.bfloat16):
         # Two passes, two gradients: added before they are rounded.
         x, y, precision = x.float(), y.float(), "ieee"
@@ -60,26 +88,81 @@ def class_statistics(
         same_operand = x is y
         x = normalized(x)
         y, metric = (x if same_operand else normalized(y)), "dot"
-    options = {"metric": metric, "scale": scale, "precision": precision, "backend": backend}
     ids = {"row_ids": row_ids, "column_ids": column_ids}
-    same = distance_softmax(x, y, keep="same", exclude=own, score_sum=True, **ids, **options)
-    other = distance_softmax(x, y, keep="different", **ids, **options)
+    passes = _Passes(x, y, ids, own, {"precision": precision, "backend": backend})
+    scores = {"metric": metric, "scale": scale}
+    passes.same = passes.of("same", x, y, score_sum=True, **scores)
+    best = passes.best_scores(**scores) if wanted is not None and wanted.rank else None
+    passes.other = passes.of("different", x, y, threshold=best, **scores)
+    same, pays = passes.same, passes.pays()
     assert same.score_sum is not None
     assert same.column_count is not None
-    pays = same.column_count > 0
     lse = torch.where(pays, same.lse, 0.0)
     return ClassStatistics(
-        gap=torch.where(pays, other.lse, 0.0) - lse,
+        gap=torch.where(pays, passes.other.lse, 0.0) - lse,
         positive_lse=lse,
         positive_sum=same.score_sum,
         positive_count=same.column_count.clamp(min=1).to(lse.dtype),
         pays=pays,
+        passes=passes,
+        wanted=wanted,
     )
 
 
-def reduce_paying(loss: Tensor, pays: Tensor, reduction: str) -> Tensor:
-    """Mean over the rows that pay (of none, 0), sum, or the rows [M] with 0 for the others."""
-    loss = torch.where(pays, loss, 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() / pays.sum().clamp(min=1) if reduction == "mean" else loss.sum()
+class _Passes:
+    """Statistics of each row's class and of the others, and the figures that follow from them."""
+
+    same: RowStatistics
+    other: RowStatistics
+
+    def __init__(self, x: Tensor, y: Tensor, ids: dict, own: Tensor | None, options: dict) -> None:
+        self.x, self.y, self.ids, self.own, self.options = x, y, ids, own, options
+
+    def of(self, keep: str, x: Tensor, y: Tensor, **arguments: Any) -> RowStatistics:
+        """Statistics over the columns of the ``"same"`` class, or of ``"different"`` ones."""
+        exclude = self.own if keep == "same" else None
+        return distance_softmax(
+            x, y, keep=keep, exclude=exclude, **self.ids, **arguments, **self.options
+        )
+
+    @torch.no_grad()
+    def best_scores(self, *, metric: str, scale: float | Tensor) -> Tensor:
+        """Score of each row's best positive [M]; any where there is none."""
+        # Not on the backend of the passes, which may have no such search.
+        found = nearest(self.x, self.y, metric=metric, keep="same", exclude=self.own, **self.ids)
+        best = found.indices[:, 0].clamp(min=0)
+        best = self.y[best] if self.y.shape[0] else self.x
+        return paired_scores(self.x, best, metric=metric, scale=scale)
+
+    # The figures of ops/statistics.py, called without gradients.
+
+    def pays(self) -> Tensor:
+        assert self.same.column_count is not None
+        return self.same.column_count > 0
+
+    def lse(self) -> Tensor:
+        return log_add(self.same.lse, self.other.lse)
+
+    def entropy(self) -> Tensor:
+        same, other = self.same, self.other
+        return joined_entropy(same.lse, same.entropy, other.lse, other.entropy)
+
+    def rank(self) -> Tensor:
+        assert self.other.rank is not None
+        return self.other.rank
+
+    def alignment(self) -> Tensor:
+        rows = self._unit("same", 1.0)
+        assert rows.score_sum is not None
+        assert rows.column_count is not None
+        return -rows.score_sum.sum() / rows.column_count.sum()
+
+    def uniformity(self) -> Tensor:
+        rows = self._unit("different", 2.0)
+        assert rows.column_count is not None
+        return mean_potential(rows.lse, rows.column_count)
+
+    def _unit(self, keep: str, scale: float) -> RowStatistics:
+        """Statistics of squared distances between rows of length 1: a pass of its own."""
+        x, y = normalized(self.x), normalized(self.y)
+        return self.of(keep, x, y, metric="sqeuclidean", scale=scale, score_sum=True)

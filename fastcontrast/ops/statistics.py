@@ -1,14 +1,15 @@
-r"""Figures of a softmax with one positive per row, from the pass that its loss makes anyway.
+r"""Figures of a loss's softmax, from the passes that the loss makes anyway.
 
-Detached, for logging. Asked for by the names in :data:`STATISTICS`; called by
-``fastcontrast/ops/contrast_loss.py``.
+Detached, for logging. Asked for by the names in :data:`STATISTICS`. What can tell them is a
+:class:`Figures`: ``ops/contrast_loss.py`` for one positive per row, ``ops/label_softmax.py`` for
+the positives of a class.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,14 +20,17 @@ STATISTICS = ("lse", "entropy", "rank", "top1", "recall@k", "alignment", "unifor
 class LossStatistics(NamedTuple):
     """What ``return_stats`` asked for, None for the rest; nothing carries a gradient.
 
+    A row pays if it has a positive; shares are of those rows, and of none NaN.
+
     Attributes:
-        lse: Log-sum-exp of the scores of each row, its positive included, [M], nats.
+        lse: Log-sum-exp of the scores of each row, its positives included, [M], nats.
         entropy: Entropy of the softmax of each row, [M], nats.
-        rank: Number of keys that score above the positive, int64 [M]; keys that tie do not count.
-        top1: Share of rows whose positive has rank 0, 0-dim.
-        recall: k to the share of rows whose positive is among the k best, 0-dim each.
-        alignment: Mean squared distance of a row to its positive, normalised, 0-dim (Wang, Isola
-            2020, arXiv 2005.10242).
+        rank: Number of keys that score above the positive, of several the best, int64 [M]; other
+            positives and keys that tie do not count. -1 for a row without a positive.
+        top1: Share of the rows that pay whose positive has rank 0, 0-dim.
+        recall: k to the share of the rows that pay with a positive among the k best, 0-dim each.
+        alignment: Mean squared distance of positive pairs, normalised, 0-dim (Wang, Isola 2020,
+            arXiv 2005.10242).
         uniformity: Logarithm of the mean of e^(-2 d²) over rows and their negatives, normalised,
             0-dim, nats (ibid., over other pairs); a pass of its own.
     """
@@ -52,8 +56,25 @@ class LossWithStatistics(NamedTuple):
     stats: LossStatistics
 
 
-def check_statistics(names: Sequence[str]) -> tuple[set[str], list[int]]:
-    """The figures asked for, and the k of ``"recall@k"``; raises for a name that is none."""
+class Wanted(NamedTuple):
+    """What ``return_stats`` asks for.
+
+    Attributes:
+        names: Those of :data:`STATISTICS` but recall.
+        ks: The k of ``"recall@k"``.
+    """
+
+    names: frozenset[str]
+    ks: tuple[int, ...]
+
+    @property
+    def rank(self) -> bool:
+        """Whether a figure is taken from the rank of the positive."""
+        return bool(self.ks or self.names & {"rank", "top1"})
+
+
+def check_statistics(names: Sequence[str]) -> Wanted | None:
+    """The figures asked for, or None; raises for a name that is none."""
     if isinstance(names, str):
         raise TypeError(f"return_stats must be a sequence of names, got the text {names!r}")
     wanted, ks = set(), []
@@ -68,12 +89,51 @@ def check_statistics(names: Sequence[str]) -> tuple[set[str], list[int]]:
             )
         else:
             wanted.add(name)
-    return wanted, ks
+    return Wanted(frozenset(wanted), tuple(ks)) if names else None
 
 
-def needs_rank(wanted: set[str], ks: Sequence[int]) -> bool:
-    """Whether a figure is taken from the rank of the positive."""
-    return bool(ks or wanted & {"rank", "top1"})
+class Figures(Protocol):
+    """Where figures come from; a method is called only if its figure is asked for."""
+
+    def pays(self) -> Tensor:
+        """Whether each row has a positive, bool [M]."""
+        ...
+
+    def lse(self) -> Tensor:
+        """Of every row [M]; see :class:`LossStatistics`."""
+        ...
+
+    def entropy(self) -> Tensor:
+        """Of every row [M]."""
+        ...
+
+    def rank(self) -> Tensor:
+        """Of every row, int64 [M]; any number where there is no positive."""
+        ...
+
+    def alignment(self) -> Tensor:
+        """0-dim."""
+        ...
+
+    def uniformity(self) -> Tensor:
+        """0-dim."""
+        ...
+
+
+def with_statistics(loss: Tensor, figures: Figures, wanted: Wanted | None) -> Any:
+    """The loss, and beside it in a :class:`LossWithStatistics` what is wanted, if anything is."""
+    if wanted is None:
+        return loss
+    with torch.no_grad():
+        names = ("lse", "entropy", "alignment", "uniformity")
+        found: dict = {name: getattr(figures, name)() for name in names if name in wanted.names}
+        if wanted.rank:
+            pays = figures.pays()
+            rank = torch.where(pays, figures.rank(), -1)
+            found["rank"] = rank if "rank" in wanted.names else None
+            found["top1"] = share(rank == 0, pays) if "top1" in wanted.names else None
+            found["recall"] = {k: share(rank < k, pays) for k in wanted.ks} or None
+    return LossWithStatistics(loss, LossStatistics(**found))
 
 
 def joined_entropy(
@@ -93,3 +153,8 @@ def joined_entropy(
 def share(hits: Tensor, pays: Tensor) -> Tensor:
     """Share of the rows that pay which hit, 0-dim; NaN if none pays."""
     return (hits & pays).sum() / pays.sum()
+
+
+def mean_potential(lse: Tensor, count: Tensor) -> Tensor:
+    """Logarithm of the mean over all pairs, 0-dim, from log-sum-exp and number in each row."""
+    return lse.logsumexp(0) - count.sum().to(lse.dtype).log()
