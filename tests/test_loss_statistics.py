@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from variants import on_every_backend
 
 import fastcontrast as fc
@@ -72,6 +72,170 @@ def test_statistics_are_those_of_the_score_matrix(metric: str, kind: str, backen
     mean = sum(potentials) / len(potentials)
     assert stats.uniformity.item() == pytest.approx(math.log(mean), **ORACLE)
     assert not any(v.requires_grad for v in stats if isinstance(v, Tensor))
+
+
+NAMES = ("lse", "entropy", "rank", "top1", "recall@2", "alignment", "uniformity")
+LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 3])  # 2 and 3 have no positive
+KEY_LABELS = torch.tensor([0, 1, 1, 5, 0])
+
+
+def check_figures(
+    stats: Any, x: Tensor, columns: list[Tensor], positives: list[list[int]], metric: str
+) -> None:
+    """Figures of rows x against each row's own list of columns, some of them its positives."""
+    ranks, gaps, potentials = [], [], []
+    for i, row in enumerate(x):
+        (s,) = scores_of(row[None], columns[i], metric, 0.5)
+        assert stats.lse[i].item() == pytest.approx(oracle.log_sum_exp(s), **ORACLE)
+        assert stats.entropy[i].item() == pytest.approx(oracle.entropy(s), rel=1e-9, abs=1e-10)
+        own, unit = F.normalize(row, dim=0).tolist(), F.normalize(columns[i]).tolist()
+        squared = [math.dist(own, u) ** 2 for u in unit]
+        gaps += [squared[j] for j in positives[i]]
+        potentials += [math.exp(-2 * d) for j, d in enumerate(squared) if j not in positives[i]]
+        if positives[i]:
+            best = max(s[j] for j in positives[i])
+            rank = sum(v > best for j, v in enumerate(s) if j not in positives[i])
+            ranks.append(rank)
+        assert stats.rank[i].item() == (ranks[-1] if positives[i] else -1)
+    assert stats.top1.item() == pytest.approx(sum(r == 0 for r in ranks) / len(ranks))
+    assert stats.recall[2].item() == pytest.approx(sum(r < 2 for r in ranks) / len(ranks))
+    assert stats.alignment.item() == pytest.approx(sum(gaps) / len(gaps), **ORACLE)
+    mean = sum(potentials) / len(potentials)
+    assert stats.uniformity.item() == pytest.approx(math.log(mean), **ORACLE)
+    assert not any(v.requires_grad for v in stats if isinstance(v, Tensor))
+
+
+def with_and_without(loss: Any, *inputs: Tensor, **options: Any) -> Any:
+    """The figures; the loss beside them and its gradients are those of the loss alone."""
+    inputs = tuple(t.detach().requires_grad_() for t in inputs)
+    beside, stats = loss(*inputs, return_stats=NAMES, **options)
+    alone = loss(*inputs, **options)
+    torch.testing.assert_close(beside, alone)
+    for a, b in zip(
+        torch.autograd.grad(beside, inputs), torch.autograd.grad(alone, inputs), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    return stats
+
+
+def queue_of(entries: Tensor, labels: Tensor | None = None) -> fc.MemoryQueue:
+    queue = fc.MemoryQueue(9)
+    queue.enqueue(entries, labels)
+    return queue
+
+
+@every_backend
+@pytest.mark.parametrize("kind", ["batch", "keys", "queue"])
+@pytest.mark.parametrize(
+    ("loss", "metric"),
+    [*((fc.supcon_loss, metric) for metric in METRICS), (fc.nca_loss, "sqeuclidean")],
+)
+def test_figures_of_classes(loss: Any, metric: str, kind: str, backend: str) -> None:
+    x, y = random(7, 4), random(5, 4)
+    batch, keys = (
+        list(zip(points, labels.tolist(), strict=True))
+        for points, labels in ((x, LABELS), (y, KEY_LABELS))
+    )
+    columns, positives = [], []
+    for i, label in enumerate(LABELS.tolist()):
+        others = batch[:i] + batch[i + 1 :]
+        found = {"batch": others, "keys": keys, "queue": others + keys}[kind]
+        columns.append(torch.stack([point for point, _ in found]))
+        positives.append([j for j, (_, other) in enumerate(found) if other == label])
+    options: dict[str, Any] = {"metric": metric, "temperature": 0.5, "backend": backend}
+    options |= {"queue": queue_of(y, KEY_LABELS)} if kind == "queue" else {}
+    given = (y, KEY_LABELS) if kind == "keys" else ()
+    stats = with_and_without(
+        lambda x, *key, **o: loss(x, LABELS, *(key and (*key, KEY_LABELS)), **o),
+        x, *given[:1], **options,
+    )  # fmt: skip
+    check_figures(stats, x, columns, positives, metric)
+    if kind != "queue":
+        recall = fc.recall_at_k(x, LABELS, *given, k=(1, 2), metric=metric)
+        assert recall == pytest.approx({1: stats.top1.item(), 2: stats.recall[2].item()})
+
+
+@every_backend
+@pytest.mark.parametrize("with_queue", [False, True])
+@pytest.mark.parametrize("name", ["squared", "distance", "proxies", "proxies without", "clip"])
+def test_figures_and_queues_of_other_losses(name: str, with_queue: bool, backend: str) -> None:
+    """One column is each row's positive, or none is; entries of a queue are further columns."""
+    x, y, more = random(7, 4), random(5, 4), random(3, 4)
+    target = torch.tensor([0, 4, -1, 2, -1, 1, 0])
+    options: dict[str, Any] = {"backend": backend, "queue": queue_of(more) if with_queue else None}
+    metric = "l2" if name == "distance" else "sqeuclidean"
+    if name in ("squared", "distance"):
+        loss = lambda x, y, **o: fc.metric_embedding_loss(  # noqa: E731
+            x, y, target, squared=name == "squared", temperature=0.5, **o
+        )
+    elif name == "clip":
+        x, y, metric, target = x[:5], y, "dot", torch.arange(5)
+        loss = lambda x, y, **o: fc.clip_loss(x, y, 2.0, **o)  # noqa: E731
+    else:
+        target = target.clamp(min=0)
+        loss = lambda x, y, **o: fc.proxy_nca_loss(  # noqa: E731
+            x, target, y, positive_in_sum=name == "proxies", temperature=0.5, **o
+        )
+    stats = with_and_without(loss, x, y, **options)
+    columns = torch.cat([y, more]) if with_queue else y
+    if "proxies" in name:
+        x, columns = F.normalize(x), F.normalize(columns)
+    positives = [[t] if t >= 0 else [] for t in target.tolist()]
+    check_figures(stats, x, [columns] * len(x), positives, metric)
+    if with_queue:  # further columns of no class are what further classes are that nobody has
+        queue = options.pop("queue")
+        if name == "clip":
+            both = fc.info_nce_loss(x, y, queue=queue, metric="dot", temperature=0.5)
+            both = (both + fc.info_nce_loss(y, x, metric="dot", temperature=0.5)) / 2
+        else:
+            both = loss(x, torch.cat([y, more]), **options)
+        torch.testing.assert_close(loss(x, y, queue=queue, **options), both)
+
+
+@every_backend
+@pytest.mark.parametrize("loss", [fc.supcon_loss, fc.nca_loss], ids=["supcon", "nca"])
+def test_figures_where_no_row_has_a_positive(loss: Any, backend: str) -> None:
+    x = torch.randn(4, 3)
+    value, stats = loss(x, torch.arange(4), return_stats=NAMES, backend=backend)
+    assert value.item() == 0.0
+    assert stats.rank.tolist() == [-1] * 4
+    assert math.isnan(stats.top1.item())
+    assert math.isnan(stats.alignment.item())
+    _, stats = loss(x, torch.arange(4), x[:0], torch.arange(0), return_stats=NAMES, backend=backend)
+    assert stats.lse.tolist() == [-math.inf] * 4
+    assert stats.entropy.tolist() == [0.0] * 4
+
+
+LOSSES_WITH_COLUMNS = [
+    fc.InfoNCELoss, fc.NTXentLoss, fc.MultipleNegativesRankingLoss, fc.SpatialContrastingLoss,
+    fc.ClipLoss, fc.SupConLoss, fc.NCALoss, fc.MetricEmbeddingLoss,
+    lambda **o: fc.ProxyNCALoss(4, 3, **o),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", LOSSES_WITH_COLUMNS)
+def test_modules_take_a_queue_and_return_figures(make: Any) -> None:
+    """Every loss that has columns; triplets and pairs have none."""
+    x, y, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    queue = fc.MemoryQueue(9)
+    queue.enqueue(torch.randn(6, 3), torch.arange(6))
+    kind = type(make())
+    arguments: tuple = {
+        fc.SupConLoss: (x, labels), fc.NCALoss: (x, labels), fc.ProxyNCALoss: (x, labels),
+        fc.MetricEmbeddingLoss: (x, y, labels),
+    }.get(kind, (x, y))  # fmt: skip
+    torch.manual_seed(0)
+    module = make(queue=queue, return_stats=("lse", "top1"))
+    loss, stats = module(*arguments)
+    assert isinstance(stats, fc.LossStatistics)
+    assert not stats.lse.requires_grad
+    assert "queue.entries" in module.state_dict()
+    torch.manual_seed(0)
+    assert not torch.equal(make()(*arguments), loss)  # the entries count
+    if kind is not fc.ClipLoss:  # which holds the logarithm of its scale
+        module = make(temperature=nn.Parameter(torch.tensor(0.5)))
+        module(*arguments).backward()
+        assert module.temperature.grad.item() != 0
 
 
 def test_only_the_figures_asked_for() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcontrast.losses.memory_queue import MemoryQueue, with_entries
 from fastcontrast.ops.checks import check_choice, check_pairs, check_scale
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
 from fastcontrast.ops.distance_softmax import accumulator_dtype
@@ -21,6 +22,7 @@ def clip_loss(
     text_features: Tensor,
     logit_scale: float | Tensor,
     *,
+    queue: MemoryQueue | None = None,
     normalize: bool = False,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -44,6 +46,8 @@ def clip_loss(
         text_features: v of the same pairs [M, D], same device.
         logit_scale: The factor of the scores, 1 / temperature, not its logarithm. Positive; a
             number or a 0-dim tensor, which receives its exact gradient.
+        queue: A :class:`fastcontrast.MemoryQueue` of text features, whose entries are further texts
+            for the images; nobody's, they pick none.
         normalize: Divide the features by their lengths first.
         label_smoothing: See :func:`fastcontrast.info_nce_loss`.
         reduction: ``"mean"`` and ``"sum"`` give a scalar, ``"none"`` gives [M]. The mean of no rows
@@ -73,11 +77,12 @@ def clip_loss(
     if isinstance(logit_scale, Tensor):
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
         logit_scale = logit_scale.to(accumulator_dtype(dtype))
+    texts = with_entries(text_features, queue)
     if normalize:
-        image_features, text_features = normalized(image_features), normalized(text_features)
+        image_features, texts = normalized(image_features), normalized(texts)
     target = torch.arange(image_features.shape[0], device=image_features.device)
     return contrast_loss(
-        Candidates(image_features, text_features, target, None, None, None, "dot", logit_scale),
+        Candidates(image_features, texts, target, None, None, None, "dot", logit_scale),
         symmetric=True,
         all_pay=True,
         reweighting=reweighting,
@@ -95,6 +100,7 @@ class ClipLoss(nn.Module):
         temperature: 1 / logit scale at the start, 0.07 in the paper.
         max_scale: The scale is clipped there, at 100 in the paper; None for no limit. Beyond it
             the parameter receives no gradient.
+        queue: See :func:`clip_loss`.
         normalize: See :func:`clip_loss`.
         label_smoothing: See :func:`clip_loss`.
         reduction: See :func:`clip_loss`.
@@ -109,6 +115,7 @@ class ClipLoss(nn.Module):
     def __init__(
         self,
         *,
+        queue: MemoryQueue | None = None,
         temperature: float = 0.07,
         max_scale: float | None = 100.0,
         normalize: bool = True,
@@ -123,6 +130,7 @@ class ClipLoss(nn.Module):
         if max_scale is not None:
             check_scale("max_scale", max_scale)
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.queue = queue
         self.max_scale = max_scale
         self.normalize = normalize
         self.label_smoothing = label_smoothing
@@ -140,6 +148,7 @@ class ClipLoss(nn.Module):
             image_features,
             text_features,
             scale,
+            queue=self.queue,
             normalize=self.normalize,
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,

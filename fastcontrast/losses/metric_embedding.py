@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from fastcontrast.losses.memory_queue import MemoryQueue, with_entries
 from fastcontrast.ops.checks import (
     check_choice,
     check_indices,
     check_operands,
     inverse_temperature,
 )
+from fastcontrast.ops.contrast_loss import Candidates, contrast_loss
 from fastcontrast.ops.distance_softmax import accumulator_dtype
 from fastcontrast.ops.reduction import REDUCTIONS
-from fastcontrast.ops.softmax_loss import LossWeights, row_losses_of, softmax_loss
 
 
 def metric_embedding_loss(
@@ -21,13 +25,15 @@ def metric_embedding_loss(
     anchors: Tensor,
     targets: Tensor,
     *,
+    queue: MemoryQueue | None = None,
     squared: bool = True,
     temperature: float | Tensor = 1.0,
     unlabelled_weight: float = 1.0,
     reduction: str = "mean",
+    return_stats: Sequence[str] = (),
     precision: str = "auto",
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     r"""Contrast embeddings with one labelled anchor per class.
 
     .. math::
@@ -45,17 +51,21 @@ def metric_embedding_loss(
         embeddings: F(x) [M, D], float16, bfloat16, float32 or float64.
         anchors: F(z) [C, D], one per class in the order of the classes; they receive gradients.
         targets: Class of each row, integer [M]: c in 0..C-1 pays cross-entropy, -1 pays entropy.
+        queue: A :class:`fastcontrast.MemoryQueue`, whose entries are further columns, of no class:
+            negatives of labelled rows, and part of the entropy of the others.
         squared: Use the squared distance.
         temperature: (Squared) distance that changes a score by one nat. Positive; a number or a
             0-dim tensor, which receives its gradient.
         unlabelled_weight: The factor :math:`\lambda` of the entropy.
         reduction: ``"mean"`` gives the sum of the two means above (a mean of no rows is 0),
             ``"sum"`` the sum over all rows, ``"none"`` the rows [M]; entropies carry their factor.
+        return_stats: Figures to return beside the loss, as of :func:`fastcontrast.info_nce_loss`;
+            shares and alignment are those of the labelled rows.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
     Returns:
-        Loss in nats, float32 (float64 for float64 inputs).
+        Loss in nats, float32 (float64 for float64 inputs); ``(loss, stats)`` with ``return_stats``.
 
     Raises:
         ValueError: If a shape, a target, the temperature or an option is not as above.
@@ -88,15 +98,15 @@ def metric_embedding_loss(
         count = labelled.sum()
         weight = weight / count.clamp(min=1)
         rest = rest / (targets.shape[0] - count).clamp(min=1)
+    columns, metric = with_entries(anchors, queue), "sqeuclidean" if squared else "l2"
     # -1 excludes nothing, so one pass serves both kinds of row.
-    loss = row_losses_of if reduction == "none" else softmax_loss
-    return loss(
-        embeddings,
-        anchors,
-        targets,
-        LossWeights(weight, rest),
-        metric="sqeuclidean" if squared else "l2",
-        scale=scale,
+    return contrast_loss(
+        Candidates(embeddings, columns, targets, None, None, None, metric, scale),
+        row_weight=weight,
+        entropy_weight=rest,
+        all_pay=True,
+        reduction="none" if reduction == "none" else "sum",
+        return_stats=return_stats,
         precision=precision,
         backend=backend,
     )
@@ -108,31 +118,37 @@ class MetricEmbeddingLoss(nn.Module):
     def __init__(
         self,
         *,
+        queue: MemoryQueue | None = None,
         squared: bool = True,
         temperature: float | Tensor = 1.0,
         unlabelled_weight: float = 1.0,
         reduction: str = "mean",
+        return_stats: Sequence[str] = (),
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.queue = queue
         self.squared = squared
         self.temperature = temperature
         self.unlabelled_weight = unlabelled_weight
         self.reduction = reduction
+        self.return_stats = tuple(return_stats)
         self.precision = precision
         self.backend = backend
 
-    def forward(self, embeddings: Tensor, anchors: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, anchors: Tensor, targets: Tensor) -> Any:
         """See :func:`metric_embedding_loss`."""
         return metric_embedding_loss(
             embeddings,
             anchors,
             targets,
+            queue=self.queue,
             squared=self.squared,
             temperature=self.temperature,
             unlabelled_weight=self.unlabelled_weight,
             reduction=self.reduction,
+            return_stats=self.return_stats,
             precision=self.precision,
             backend=self.backend,
         )

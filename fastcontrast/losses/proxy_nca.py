@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.losses.info_nce import info_nce_loss
+from fastcontrast.losses.memory_queue import MemoryQueue, with_entries
 from fastcontrast.ops.checks import (
     METRICS,
     check_choice,
@@ -14,10 +17,9 @@ from fastcontrast.ops.checks import (
     check_operands,
     inverse_temperature,
 )
-from fastcontrast.ops.distance_softmax import distance_softmax
+from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
 from fastcontrast.ops.normalized import normalized
-from fastcontrast.ops.pairs import paired_scores
-from fastcontrast.ops.reduction import REDUCTIONS, reduce
+from fastcontrast.ops.reduction import REDUCTIONS
 
 
 def proxy_nca_loss(
@@ -25,14 +27,16 @@ def proxy_nca_loss(
     labels: Tensor,
     proxies: Tensor,
     *,
+    queue: MemoryQueue | None = None,
     normalize: bool = True,
     positive_in_sum: bool = True,
     metric: str = "sqeuclidean",
     temperature: float | Tensor = 1.0,
     reduction: str = "mean",
+    return_stats: Sequence[str] = (),
     precision: str = "auto",
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     r"""Pick each row's class among all proxies.
 
     .. math::
@@ -48,17 +52,19 @@ def proxy_nca_loss(
         embeddings: Rows x [M, D], float16, bfloat16, float32 or float64.
         labels: Class of each row, integer [M] in 0..C-1.
         proxies: p [C, D], same device; they receive gradients.
+        queue: A :class:`fastcontrast.MemoryQueue`, whose entries are further negatives of all rows.
         normalize: Divide rows and proxies by their lengths first.
         positive_in_sum: Whether the sum has the row's own class.
         metric: ``"sqeuclidean"``, ``"l2"``, ``"cosine"`` or ``"dot"``.
         temperature: See :func:`fastcontrast.info_nce_loss`.
         reduction: ``"mean"`` and ``"sum"`` give a scalar, ``"none"`` gives [M]. The mean of no rows
             is 0.
+        return_stats: See :func:`fastcontrast.info_nce_loss`; of rows against proxies.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
     Returns:
-        Loss in nats, float32 (float64 for float64 inputs).
+        Loss in nats, float32 (float64 for float64 inputs); ``(loss, stats)`` with ``return_stats``.
 
     Raises:
         ValueError: If a shape, a label or an option is not as above.
@@ -76,29 +82,19 @@ def proxy_nca_loss(
     if proxies.shape[0] < 2 and not positive_in_sum:
         raise ValueError(f"proxies must be of at least two classes, got {list(proxies.shape)}")
     target = check_indices("labels", labels, embeddings, 0, proxies.shape[0], "a class")
-    options = {"precision": precision, "backend": backend}
+    columns = with_entries(proxies, queue)
+    scale = inverse_temperature(temperature, embeddings, columns)
     if normalize or metric == "cosine":
-        embeddings, proxies = normalized(embeddings), normalized(proxies)
+        embeddings, columns = normalized(embeddings), normalized(columns)
         metric = "dot" if metric == "cosine" else metric
-    if positive_in_sum:
-        return info_nce_loss(
-            embeddings,
-            proxies,
-            target,
-            metric=metric,
-            temperature=temperature,
-            reduction=reduction,
-            **options,
-        )
-    if torch.promote_types(embeddings.dtype, proxies.dtype) in (torch.float16, torch.bfloat16):
-        embeddings, proxies, options["precision"] = embeddings.float(), proxies.float(), "ieee"
-    scale = inverse_temperature(temperature, embeddings, proxies)
-    others = distance_softmax(
-        embeddings, proxies, metric=metric, scale=scale, exclude=target, **options
-    )
-    own = torch.nn.functional.embedding(target, proxies)
-    return reduce(
-        others.lse - paired_scores(embeddings, own, metric=metric, scale=scale), reduction
+    return contrast_loss(
+        Candidates(embeddings, columns, target, None, None, None, metric, scale),
+        all_pay=True,
+        reweighting=Reweighting(positive_in_sum=positive_in_sum),
+        reduction=reduction,
+        return_stats=return_stats,
+        precision=precision,
+        backend=backend,
     )
 
 
@@ -108,11 +104,13 @@ class ProxyNCALoss(nn.Module):
     Args:
         classes: Number of classes C.
         dim: Length D of an embedding.
+        queue: See :func:`proxy_nca_loss`.
         normalize: See :func:`proxy_nca_loss`.
         positive_in_sum: See :func:`proxy_nca_loss`.
         metric: See :func:`proxy_nca_loss`.
         temperature: See :func:`proxy_nca_loss`.
         reduction: See :func:`proxy_nca_loss`.
+        return_stats: See :func:`proxy_nca_loss`.
         precision: See :func:`proxy_nca_loss`.
         backend: See :func:`proxy_nca_loss`.
 
@@ -125,11 +123,13 @@ class ProxyNCALoss(nn.Module):
         classes: int,
         dim: int,
         *,
+        queue: MemoryQueue | None = None,
         normalize: bool = True,
         positive_in_sum: bool = True,
         metric: str = "sqeuclidean",
         temperature: float | Tensor = 1.0,
         reduction: str = "mean",
+        return_stats: Sequence[str] = (),
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -137,25 +137,29 @@ class ProxyNCALoss(nn.Module):
         check_count("classes", classes)
         check_count("dim", dim)
         self.proxies = nn.Parameter(torch.randn(classes, dim))
+        self.queue = queue
         self.normalize = normalize
         self.positive_in_sum = positive_in_sum
         self.metric = metric
         self.temperature = temperature
         self.reduction = reduction
+        self.return_stats = tuple(return_stats)
         self.precision = precision
         self.backend = backend
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Any:
         """See :func:`proxy_nca_loss`."""
         return proxy_nca_loss(
             embeddings,
             labels,
             self.proxies,
+            queue=self.queue,
             normalize=self.normalize,
             positive_in_sum=self.positive_in_sum,
             metric=self.metric,
             temperature=self.temperature,
             reduction=self.reduction,
+            return_stats=self.return_stats,
             precision=self.precision,
             backend=self.backend,
         )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastcontrast.losses.info_nce import info_nce_loss
+from fastcontrast.losses.memory_queue import MemoryQueue
 from fastcontrast.ops.checks import check_pairs
 
 
@@ -15,6 +16,7 @@ def spatial_contrasting_loss(
     anchors: Tensor,
     positives: Tensor,
     *,
+    queue: MemoryQueue | None = None,
     temperature: float | Tensor = 1.0,
     symmetric: bool = False,
     reduction: str = "mean",
@@ -37,6 +39,8 @@ def spatial_contrasting_loss(
         anchors: Embeddings of the first patch of each image [M, D], float16, bfloat16, float32 or
             float64.
         positives: Embeddings of the second patch of the same images [M, D], same device.
+        queue: A :class:`fastcontrast.MemoryQueue`, whose entries are further negatives of all
+            anchors: patches of other images.
         temperature: Distance that changes a score by one nat, in embedding units. Positive; a
             number or a 0-dim tensor, which receives its gradient.
         symmetric: Also contrast each positive with all anchors, and average the two losses.
@@ -65,6 +69,7 @@ def spatial_contrasting_loss(
     return info_nce_loss(
         anchors,
         positives,
+        queue=queue,
         metric="l2",
         temperature=temperature,
         symmetric=symmetric,
@@ -81,6 +86,7 @@ class SpatialContrastingLoss(nn.Module):
     def __init__(
         self,
         *,
+        queue: MemoryQueue | None = None,
         temperature: float | Tensor = 1.0,
         symmetric: bool = False,
         reduction: str = "mean",
@@ -89,6 +95,7 @@ class SpatialContrastingLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.queue = queue
         self.temperature = temperature
         self.symmetric = symmetric
         self.reduction = reduction
@@ -101,6 +108,7 @@ class SpatialContrastingLoss(nn.Module):
         return spatial_contrasting_loss(
             anchors,
             positives,
+            queue=self.queue,
             temperature=self.temperature,
             symmetric=self.symmetric,
             reduction=self.reduction,
