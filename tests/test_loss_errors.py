@@ -38,6 +38,31 @@ BAD_CALLS = {
         ValueError,
         "temperature must be positive and finite, got 0",
     ),
+    "temperature device": (
+        lambda: fc.supcon_loss(X, torch.arange(4), temperature=torch.ones((), device="meta")),
+        ValueError,
+        "temperature must be on cpu .* got meta",
+    ),
+    "target device": (
+        lambda: fc.info_nce_loss(X, Y, torch.arange(4, device="meta")),
+        ValueError,
+        "target must be on cpu with the operands, got meta",
+    ),
+    "labels device": (
+        lambda: fc.supcon_loss(X, torch.arange(4, device="meta")),
+        ValueError,
+        "labels must be on cpu with the operands, got meta",
+    ),
+    "row weight device": (
+        lambda: fc.info_nce_loss(X, Y, row_weight=torch.ones(4, device="meta")),
+        ValueError,
+        "row_weight must be on cpu, got meta",
+    ),
+    "negatives device": (
+        lambda: fc.info_nce_loss(X, Y, negatives=torch.ones(4, 2, 3, device="meta")),
+        ValueError,
+        "negatives and query must be on one device, got meta and cpu",
+    ),
     "reduction": (
         lambda: fc.info_nce_loss(X, Y, reduction="avg"),
         ValueError,
@@ -196,6 +221,11 @@ BAD_CALLS = {
         lambda: fc.clip_loss(X, Y, 1.0),
         ValueError,
         "image_features and text_features must have the same shape",
+    ),
+    "logit scale device": (
+        lambda: fc.clip_loss(X, X, torch.ones((), device="meta")),
+        ValueError,
+        "logit_scale must be on cpu .* got meta",
     ),
     "logit scale": (
         lambda: fc.clip_loss(X, X, 0.0),

@@ -1,19 +1,66 @@
-"""What losses of this kind get wrong elsewhere, one named test each.
+"""What losses of this kind get wrong elsewhere: each trap, and the tests that would fall into it.
 
-Coincident and near pairs, offsets, confident rows, padding, temperatures, empty rows, precision,
-determinism, 64-bit offsets and non-finite inputs are in ``test_numerics.py``; second derivatives
-in ``test_double_backward.py``; the gradient of every row on its own in ``test_losses.py``.
+ 1. Square root at 0, duplicates, self-pairs: test_coincident_points_have_gradient_zero,
+    test_equal_keys_share_and_ties_do_not_rank, test_a_batch_of_one_point_has_gradient_zero
+ 2. Cancellation in squared distances: test_an_offset_common_to_all_points_costs_nothing,
+    test_near_pairs_in_the_stream
+ 3. Cancellation in gradients: test_near_positives_keep_their_gradient,
+    test_near_pairs_keep_their_gradient
+ 4. Confident rows: test_confident_rows_keep_their_loss, test_confident_rows_in_other_dtypes,
+    test_a_confident_triplet_keeps_its_gradient
+ 5. Padding read as logit 0: test_scores_far_from_zero, test_logits_far_from_zero_in_every_loss
+ 6. A fixed maximum: test_temperatures_and_large_norms,
+    test_cosine_at_every_temperature_and_size
+ 7. Rows in which nothing counts: test_rows_in_which_nothing_counts, test_no_row_has_a_positive,
+    test_a_lone_positive_costs_nothing
+ 8. A mask, then a division by a learnt temperature: test_a_mask_and_a_learnt_temperature
+ 9. Empty batches, every row ignored: test_no_rows, test_all_rows_ignored, test_shapes
+10. Rows with upstream gradients of their own: test_rows_with_their_own_upstream_gradients
+11. Gradients taken in the forward pass, used twice or scaled:
+    test_a_second_backward_pass_gives_the_same, test_a_scaler_scales,
+    test_grad_scaler_and_accumulation
+12. Second derivatives: test_second_derivatives_are_right,
+    test_double_backward_of_the_operator_raises
+13. One side frozen, a query that is its key: test_frozen_sides_and_the_temperature,
+    test_a_query_that_is_its_key_receives_both_gradients
+14. Behaviour by identity of objects: test_a_query_that_is_its_key_receives_both_gradients
+15. 32-bit offsets: test_addresses_are_64_bit, test_rows_further_apart_than_32_bits,
+    test_a_row_stride_beyond_32_bits, test_offsets_beyond_32_bits
+16. Autocast: test_autocast_lowers_nothing, test_autocast_does_not_lower_the_products
+17. Half inputs: test_half_inputs_lose_only_their_own_rounding,
+    test_squares_that_overflow_float16
+18. NaN and inf: test_bad_numbers_show, test_non_finite_inputs_show,
+    test_an_excluded_nan_does_not_count
+19. Strides, slices, expanded and transposed operands: test_layouts_do_not_matter, test_layouts
+20. Zero vectors have no direction: test_zero_vectors_have_no_direction,
+    test_cosine_at_every_temperature_and_size
+21. Temperatures of any dtype, read without waiting:
+    test_a_temperature_is_inverted_in_the_accumulator_dtype,
+    test_compiled_whole_for_every_batch_size, test_nothing_waits_for_the_device
+22. Gradients over processes: test_two_processes
+23. Denormals: test_scores_far_from_zero
+24. Determinism: test_two_runs_and_thread_counts_are_bit_equal,
+    test_runs_are_bit_equal_without_deterministic_mode
+25. Small gradients filtered out: test_small_probabilities_keep_their_gradients
+26. Dtype and range of labels and targets: test_integers_of_both_widths,
+    test_a_class_id_may_be_any_integer, test_mistakes_are_named
+27. Triton's quirks: test_splits_of_the_other_side, test_strides_of_half_points,
+    test_the_launch_table_is_whole
+28. Ties: test_equal_keys_share_and_ties_do_not_rank
 """
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
-from torch import Tensor
+from tolerances import GRADIENT_FLOOR, VALUE_FLOOR, relative_error
+from torch import Tensor, nn
 from variants import on_every_backend
 
 import fastcontrast as fc
@@ -38,6 +85,23 @@ LOSSES: dict[str, Any] = {
     ),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def test_every_trap_has_a_test() -> None:
+    """The list above is whole, and its tests are there."""
+    parts = re.split(r"^ ?(\d+)\. ", str(__doc__), flags=re.MULTILINE)[1:]
+    numbers, texts = parts[::2], parts[1::2]
+    index = {int(k): re.findall(r"\btest_\w+", s) for k, s in zip(numbers, texts, strict=True)}
+    assert list(index) == list(range(1, 29))
+    defined = {
+        node.name
+        for path in Path(__file__).parent.glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    for number, tests in index.items():
+        assert tests, number
+        assert not set(tests) - defined, (number, set(tests) - defined)
 
 
 def pair(m: int = 8, n: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -233,25 +297,83 @@ def test_operands_that_do_not_fit(bad: Tensor, message: str, name: str) -> None:
         LOSSES[name](torch.randn(8, 5), bad)
 
 
+TRANSFORMS: dict[str, Any] = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
+}
+
+
 @every_loss
-def test_functional_transforms_raise_clearly(name: str) -> None:
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_functional_transforms_raise_clearly(transform: str, name: str) -> None:
     x, y = pair()
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda x: LOSSES[name](x, y))(x)
+    with pytest.raises(RuntimeError, match=r"does not run under torch\.func transforms"):
+        TRANSFORMS[transform](lambda x: LOSSES[name](x, y), x)
 
 
-@pytest.mark.parametrize("name", ["symmetric", "smoothed", "nt_xent", "supcon"])
+@pytest.mark.parametrize("name", ["mean", "symmetric", "smoothed", "nt_xent", "supcon"])
 def test_compiled_whole_for_every_batch_size(name: str) -> None:
-    """Nothing compiled anew for 20 batch sizes, and the values and gradients of eager mode."""
+    """Compiled for the first batch, never for 19 other sizes; values and gradients of eager mode.
+
+    No temperature is read on the way: that would break the graph.
+    """
     torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    loss = torch.compile(LOSSES[name], fullgraph=True, dynamic=True, backend=graphs)
+    loss = torch.compile(LOSSES[name], fullgraph=True, dynamic=True, backend="aot_eager")
+    temperature = nn.Parameter(torch.tensor(0.7))
     for m in range(6, 26):
-        x, y = (t.requires_grad_() for t in pair(m, m))
-        value = loss(x, y)
-        # The graph of the loss, and that of its gradient.
-        assert graphs.frame_count <= 2, m
-    torch.testing.assert_close(value, LOSSES[name](x, y))
-    eager = torch.autograd.grad(LOSSES[name](x, y), [x, y])
-    for a, b in zip(torch.autograd.grad(value, [x, y]), eager, strict=True):
+        with torch.compiler.set_stance("default" if m == 6 else "fail_on_recompile"):
+            x, y = (t.requires_grad_() for t in pair(m, m))
+            value = loss(x, y, temperature=temperature)
+            found = torch.autograd.grad(value, [x, y, temperature])
+    eager = LOSSES[name](x, y, temperature=temperature)
+    torch.testing.assert_close(value, eager)
+    for a, b in zip(found, torch.autograd.grad(eager, [x, y, temperature]), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_recompilation_would_be_noticed() -> None:
+    """What the test above rests on: with sizes compiled in, the stance raises."""
+    torch._dynamo.reset()
+    loss = torch.compile(fc.info_nce_loss, fullgraph=True, dynamic=False, backend="aot_eager")
+    loss(*pair(6, 6))
+    with (
+        torch.compiler.set_stance("fail_on_recompile"),
+        pytest.raises(RuntimeError, match="fail_on_recompile"),
+    ):
+        loss(*pair(7, 7))
+
+
+@every_backend
+@every_loss
+def test_a_batch_of_one_point_has_gradient_zero(name: str, backend: str) -> None:
+    """Every pair is a duplicate, and every row its own: nothing to tell apart."""
+    x = torch.full((8, 5), 0.3, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    loss = LOSSES[name](x, y, backend=backend)
+    columns = {"nt_xent": 15, "bank": 9}.get(name, 8)
+    truth = torch.full((8,), float(columns)).log()
+    if name == "nca":  # a class has 3, 3 or 2 of the 8 columns
+        truth = -torch.tensor([3 / 8, 3 / 8, 2 / 8] * 3)[:8].log()
+    if name != "debiased":  # which subtracts from the sum of the others
+        expected = truth.sum() if name == "rows" else truth.mean()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for gradient in gradients(loss, x, y):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@every_backend
+@every_loss
+@pytest.mark.parametrize("m", [15, 17, 65])
+def test_logits_far_from_zero_in_every_loss(m: int, name: str, backend: str) -> None:
+    """All of -300: a padded column of score 0 would be all that counts."""
+    x, y = torch.randn(m, 5), torch.randn(m, 5) + 300 / 5**0.5
+    x, y = x.requires_grad_(), y.requires_grad_()
+    options = {"temperature": 300.0} if name == "nca" else {}  # whose distances are squared
+    loss = LOSSES[name](x, y, backend=backend, **options)
+    truth = LOSSES[name](x.double(), y.double(), backend="reference", **options)
+    # Scores are rounded to 300 eps, which is an error of every probability.
+    rounding = 2 * 300 * torch.finfo(torch.float32).eps
+    assert relative_error(loss, truth) < rounding + VALUE_FLOOR[torch.float32]
+    for a, b in zip(gradients(loss, x, y), gradients(truth, x, y), strict=True):
+        assert relative_error(a, b) < 4 * rounding + GRADIENT_FLOOR[torch.float32]

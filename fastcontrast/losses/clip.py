@@ -71,7 +71,7 @@ def clip_loss(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_pairs("image_features", image_features, "text_features", text_features)
-    check_scale("logit_scale", logit_scale)
+    check_scale("logit_scale", logit_scale, image_features)
     reweighting = Reweighting(label_smoothing)
     reweighting.check()
     if isinstance(logit_scale, Tensor):

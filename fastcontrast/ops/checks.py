@@ -49,16 +49,22 @@ def check_pairs(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
         )
 
 
-def check_scale(name: str, value: float | Tensor) -> None:
+def check_scale(name: str, value: float | Tensor, operand: Tensor | None = None) -> None:
     """Raise unless ``value`` is a positive number or a 0-dim floating-point tensor.
 
-    The value of a tensor is read on CPU only: on a GPU that would wait for the device.
+    The value of a tensor is read on CPU only: on a GPU that would wait for the device. It may be
+    there or on the device of the ``operand``.
     """
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {value.dtype}")
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-dim tensor, got {list(value.shape)}")
+        if operand is not None and value.device.type != "cpu" and value.device != operand.device:
+            raise ValueError(
+                f"{name} must be on cpu or on {operand.device} with the operands, got "
+                f"{value.device}"
+            )
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
         number = float(value.detach())
@@ -72,7 +78,7 @@ def check_scale(name: str, value: float | Tensor) -> None:
 
 def inverse_temperature(temperature: float | Tensor, *operands: Tensor) -> float | Tensor:
     """1 / temperature in the accumulator dtype of the operands; raises if that is not positive."""
-    check_scale("temperature", temperature)
+    check_scale("temperature", temperature, operands[0])
     dtype = operands[0].dtype
     for operand in operands[1:]:
         dtype = torch.promote_types(dtype, operand.dtype)

@@ -36,6 +36,7 @@ from fastcontrast.ops.checks import (
     check_thresholds,
 )
 from fastcontrast.ops.double_backward import differentiable_gradients
+from fastcontrast.ops.eager_function import EagerFunction
 from fastcontrast.ops.normalized import normalized
 
 
@@ -134,7 +135,7 @@ def distance_softmax(
         threshold = threshold.detach()
     if metric == "cosine":
         x, y, metric = normalized(x), normalized(y), "dot"
-    check_scale("scale", scale)
+    check_scale("scale", scale, x)
     backend = backends.resolve("distance_softmax", x, backend)
 
     if torch.compiler.is_compiling():
@@ -174,7 +175,7 @@ def effective_precision(precision: str, x: Tensor) -> str:
     return {"highest": "ieee", "high": "tf32", "medium": "bf16"}[setting]
 
 
-class _EagerDistanceSoftmax(torch.autograd.Function):
+class _EagerDistanceSoftmax(EagerFunction):
     """The eager path: straight to the backend, gradients of unused outputs skipped."""
 
     @staticmethod

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastcontrast.backends.scores import accumulator_dtype
 from fastcontrast.ops.double_backward import differentiable_gradients
+from fastcontrast.ops.eager_function import EagerFunction
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def _divided(x: Tensor) -> tuple[Tensor, Tensor]:
     return scaled * factor, factor / largest
 
 
-class _Normalized(torch.autograd.Function):
+class _Normalized(EagerFunction):
     """The same as one node of the graph: its dozen small operators cost more than a small loss."""
 
     @staticmethod

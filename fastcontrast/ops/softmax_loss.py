@@ -36,6 +36,7 @@ from fastcontrast.ops.distance_softmax import (
     with_tensors,
     without_tensors,
 )
+from fastcontrast.ops.eager_function import EagerFunction
 
 __all__ = [
     "LossWeights", "log_add", "positive_scores", "row_losses_of", "softmax_loss", "softplus",
@@ -137,7 +138,7 @@ def _left_out(target: Tensor, own: Tensor | None) -> Tensor:
     return target[:, None] if own is None else torch.stack([target, own], 1)
 
 
-class _GradientsInForward(torch.autograd.Function):
+class _GradientsInForward(EagerFunction):
     """Keeps the gradients of the loss until its upstream gradient, a number, is known."""
 
     @staticmethod

@@ -20,6 +20,7 @@ from fastcontrast.backends.reference.triplet_distances import differentiable_dis
 from fastcontrast.backends.scores import accumulator_dtype
 from fastcontrast.ops.checks import check_choice, check_pairs
 from fastcontrast.ops.double_backward import differentiable_gradients
+from fastcontrast.ops.eager_function import EagerFunction
 
 DISTANCES = ("l2", "sqeuclidean")
 
@@ -101,7 +102,7 @@ def checked_triplets(
     return (anchor, positive, negative), backend
 
 
-class _EagerTripletDistances(torch.autograd.Function):
+class _EagerTripletDistances(EagerFunction):
     """The eager path: straight to the backend, gradients of unused outputs skipped."""
 
     @staticmethod

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastcontrast import backends
 from fastcontrast.backends.reference.triplet_distances import difference, differentiable_distances
 from fastcontrast.ops.double_backward import differentiable_gradients
+from fastcontrast.ops.eager_function import EagerFunction
 from fastcontrast.ops.reduction import reduce
 from fastcontrast.ops.triplet_distances import checked_triplets, triplet_distances
 
@@ -64,7 +65,7 @@ def triplet_loss(
     return _TripletLoss.apply(*points, row_loss, reduction, metric, swap, backend)
 
 
-class _TripletLoss(torch.autograd.Function):
+class _TripletLoss(EagerFunction):
     """Keeps the derivative of each row's loss; the gradients wait for the upstream gradient."""
 
     @staticmethod
