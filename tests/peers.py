@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 
 def peer(name: str) -> Any:
@@ -39,6 +42,13 @@ def open_clip_loss() -> Any:
     return module
 
 
+def _concat_all_gather(x: Tensor) -> Tensor:
+    """As lightly.models.utils's, which its memory bank calls."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
 def lightly_loss() -> Any:
     """lightly/loss/ntx_ent_loss.py, in packages whose `__init__` does not run."""
     if "lightly.loss.ntx_ent_loss" not in sys.modules:
@@ -47,7 +57,8 @@ def lightly_loss() -> Any:
             package = types.ModuleType(name)
             package.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
             sys.modules[name] = package
-        stub = types.ModuleType("lightly.models.utils")  # needs torchvision
+        stub: Any = types.ModuleType("lightly.models.utils")  # needs torchvision
+        stub.concat_all_gather = _concat_all_gather
         sys.modules["lightly.models.utils"] = stub
         sys.modules["lightly.models"].utils = stub
     return importlib.import_module("lightly.loss.ntx_ent_loss")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def gathered(x: Tensor, *, with_gradients: bool, own_gradient: bool = True) -> Tensor:
@@ -20,12 +22,33 @@ def gathered(x: Tensor, *, with_gradients: bool, own_gradient: bool = True) -> T
         [world size · M, D].
     """
     if with_gradients:
-        return torch.cat(torch.distributed.nn.all_gather(x.contiguous()))
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
-    dist.all_gather(parts, x.detach().contiguous())
+        return _Gathered.apply(x)
+    parts = _parts(x)
     if own_gradient:
         parts[dist.get_rank()] = x
     return torch.cat(parts)
+
+
+def _parts(x: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return parts
+
+
+class _Gathered(torch.autograd.Function):
+    """A row's gradient is the sum of those that every process has for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = x.shape[0]
+        return torch.cat(_parts(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        total = upstream[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[rank() * ctx.rows :][: ctx.rows]
 
 
 def world() -> int:
