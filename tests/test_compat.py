@@ -211,6 +211,25 @@ def test_pytorch_metric_learning(distance: str, loss: str, pairs: str, reference
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("pairs", ["labels", "triplets"])
+@pytest.mark.parametrize("loss", ["NTXentLoss", "SupConLoss", "NCALoss"])
+def test_pytorch_metric_learning_with_a_learnt_temperature(loss: str, pairs: str) -> None:
+    theirs = peers.peer("pytorch_metric_learning.losses")
+    from fastcontrast.compat import pytorch_metric_learning as ours
+
+    miners = peers.peer("pytorch_metric_learning.utils.loss_and_miner_utils")
+    chosen = miners.get_all_triplets_indices(LABELS) if pairs == "triplets" else None
+    name = "softmax_scale" if loss == "NCALoss" else "temperature"
+
+    def learnt(module: Any) -> Any:
+        # An attribute, where the library's constructor would take it before it is a module.
+        made = getattr(module, loss)()
+        return lambda x, t: setattr(made, name, t) or made(x, LABELS, chosen)
+
+    inputs = [points(len(LABELS), 4), torch.tensor(0.4)]
+    compare(learnt(ours), learnt(theirs), inputs, torch.float64)
+
+
 @pytest.mark.parametrize("labels", [[0, 1, 2], [4, 4, 4], [0, 0, 1]])
 @pytest.mark.parametrize("loss", ["NTXentLoss", "SupConLoss", "NCALoss"])
 def test_pytorch_metric_learning_without_pairs(loss: str, labels: list[int]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def gathered(x: Tensor, *, with_gradients: bool, own_gradient: bool = True) -> Tensor:
@@ -44,8 +43,9 @@ class _Gathered(torch.autograd.Function):
         return torch.cat(_parts(x))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("gathered batches cannot be differentiated twice")
         total = upstream[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total[rank() * ctx.rows :][: ctx.rows]

@@ -58,7 +58,7 @@ class _Operands:
         self.own = torch.arange(len(embeddings), device=embeddings.device)
         self.own = self.own if ref_labels is labels else None
 
-    def pair_scores(self, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    def pair_scores(self, rows: Tensor, columns: Tensor, scale: float | Tensor) -> Tensor:
         """Scores of pairs [P], without a matrix."""
         step = max(1, BLOCK_NUMBERS // max(1, self.x.shape[1]))
         parts = [
@@ -67,7 +67,7 @@ class _Operands:
         ]
         return torch.cat(parts) if parts else self.x.new_empty(0)
 
-    def of_classes(self, scale: float) -> ClassStatistics:
+    def of_classes(self, scale: float | Tensor) -> ClassStatistics:
         """Statistics of each row's class and of the others."""
         return class_statistics(
             self.x, self.y, self.labels, self.ref_labels, self.own, metric=self.metric,
@@ -114,7 +114,7 @@ class NTXentLoss(losses.NTXentLoss):
         if labels is None and indices_tuple is None:
             raise ValueError("labels and indices_tuple cannot both be None")
         operands = _Operands(self.distance, embeddings, labels, ref_emb, ref_labels)
-        scale = float(inverse_temperature(self.temperature, operands.x))
+        scale = inverse_temperature(self.temperature, operands.x)
         if indices_tuple is None:
             a, p = operands.positive_pairs()
             lse = distance_softmax(
@@ -142,7 +142,7 @@ class SupConLoss(losses.SupConLoss):
         if labels is None and indices_tuple is None:
             raise ValueError("labels and indices_tuple cannot both be None")
         operands = _Operands(self.distance, embeddings, labels, ref_emb, ref_labels)
-        scale = float(inverse_temperature(self.temperature, operands.x))
+        scale = inverse_temperature(self.temperature, operands.x)
         if indices_tuple is None and labels is not None:
             found = operands.of_classes(scale)
             one_class = len(torch.unique(torch.cat([labels, operands.ref_labels]))) < 2
@@ -164,7 +164,7 @@ class SupConLoss(losses.SupConLoss):
         }
 
     @staticmethod
-    def _of_pairs(operands: _Operands, indices_tuple: Any, scale: float) -> Tensor | None:
+    def _of_pairs(operands: _Operands, indices_tuple: Any, scale: float | Tensor) -> Tensor | None:
         """Losses from the pairs that a miner chose, each counted once."""
         a, p, a2, n = loss_and_miner_utils.convert_to_pairs(
             indices_tuple, operands.labels, operands.ref_labels
