@@ -71,3 +71,9 @@ def test_two_processes_are_one(name: str, found: list[dict]) -> None:
         rows = torch.cat([part[k] for part in mine])
         assert rows.shape == (WORLD * ROWS, gradient.shape[1])
         torch.testing.assert_close(rows / SCALES[name], gradient, **EXACT)
+
+
+def test_gathered_batches_are_not_differentiated_twice(found: list[dict]) -> None:
+    """A second derivative would need those of the other processes: none rather than a part."""
+    for rank in range(WORLD):
+        assert "cannot be differentiated twice" in found[rank]["refusal", True]

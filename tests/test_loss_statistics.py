@@ -206,6 +206,17 @@ def test_figures_where_no_row_has_a_positive(loss: Any, backend: str) -> None:
     assert stats.entropy.tolist() == [0.0] * 4
 
 
+@pytest.mark.parametrize("loss", [fc.supcon_loss, fc.metric_embedding_loss])
+def test_figures_under_the_compiler(loss: Any) -> None:
+    x, y = torch.randn(7, 4, requires_grad=True), torch.randn(5, 4)
+    arguments = (y, LABELS) if loss is fc.metric_embedding_loss else (LABELS,)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    a, b = (f(x, *arguments, return_stats=NAMES) for f in (loss, compiled))
+    torch.testing.assert_close(a.loss, b.loss)
+    for name, value in a.stats._asdict().items():
+        torch.testing.assert_close(value, getattr(b.stats, name))
+
+
 LOSSES_WITH_COLUMNS = [
     fc.InfoNCELoss, fc.NTXentLoss, fc.MultipleNegativesRankingLoss, fc.SpatialContrastingLoss,
     fc.ClipLoss, fc.SupConLoss, fc.NCALoss, fc.MetricEmbeddingLoss,

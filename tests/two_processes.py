@@ -110,6 +110,17 @@ def found_by(name: str, *, ours: bool) -> list[Tensor] | str:
     return [value.detach(), *torch.autograd.grad(value, views)]
 
 
+def refusal() -> str:
+    """What a second differentiation of a gathered batch says."""
+    views = [view.requires_grad_() for view in batch(dist.get_rank())]
+    loss = lightly.NTXentLoss(gather_distributed=True)(*views)
+    try:
+        torch.autograd.grad(loss, views, create_graph=True)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def work(rank: int, folder: str) -> None:
     """Run every case in a process group and write the results."""
     torch.set_num_threads(1)
@@ -121,6 +132,7 @@ def work(rank: int, folder: str) -> None:
         found = {
             (name, ours): found_by(name, ours=ours) for name in CASES for ours in (True, False)
         }
+        found["refusal", True] = refusal()
         torch.save(found, Path(folder) / f"found_by_{rank}.pt")
     finally:
         dist.destroy_process_group()

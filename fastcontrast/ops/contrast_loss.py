@@ -241,9 +241,10 @@ class _Direction:
         """Log-sum-exp of ``multiple`` times the scores of the negatives, their sum and number."""
         c = self.c
         scale = c.scale if multiple == 1.0 else multiple * c.scale
+        ranked = self.ranked and multiple == 1.0
         found = distance_softmax(
             c.x, c.y, metric=c.metric, scale=scale, exclude=self.exclude, score_sum=True,
-            threshold=self.positive.detach() if self.ranked else None, **self.options,
+            threshold=self.positive.detach() if ranked else None, **self.options,
         )  # fmt: skip
         if multiple == 1.0:
             self.plain = found

@@ -125,14 +125,14 @@ class _Passes:
             x, y, keep=keep, exclude=exclude, **self.ids, **arguments, **self.options
         )
 
-    @torch.no_grad()
     def best_scores(self, *, metric: str, scale: float | Tensor) -> Tensor:
-        """Score of each row's best positive [M]; any where there is none."""
+        """Score of each row's best positive [M], a threshold; any where there is none."""
         # Not on the backend of the passes, which may have no such search.
         found = nearest(self.x, self.y, metric=metric, keep="same", exclude=self.own, **self.ids)
         best = found.indices[:, 0].clamp(min=0)
-        best = self.y[best] if self.y.shape[0] else self.x
-        return paired_scores(self.x, best, metric=metric, scale=scale)
+        with torch.no_grad():
+            best = self.y[best] if self.y.shape[0] else self.x
+            return paired_scores(self.x, best, metric=metric, scale=scale)
 
     # The figures of ops/statistics.py, called without gradients.
 
