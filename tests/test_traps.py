@@ -312,6 +312,21 @@ def test_functional_transforms_raise_clearly(transform: str, name: str) -> None:
         TRANSFORMS[transform](lambda x: LOSSES[name](x, y), x)
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_functional_transforms_of_triplets_and_pairs(transform: str) -> None:
+    """Triplets raise as well; pairs are plain PyTorch, and right."""
+    x, y = pair()
+    with pytest.raises(RuntimeError, match=r"does not run under torch\.func transforms"):
+        TRANSFORMS[transform](lambda x: fc.triplet_margin_loss(x, y, y.flip(0)), x)
+    same = torch.arange(8) % 2 == 0
+    found = TRANSFORMS[transform](lambda x: fc.siamese_contrastive_loss(x, y, same), x)
+    x.requires_grad_()
+    loss = fc.siamese_contrastive_loss(x, y, same)
+    (gradient,) = gradients(loss, x)
+    truth = {"grad": gradient, "jvp": (loss, (gradient * x).sum()), "vmap": loss[None]}[transform]
+    torch.testing.assert_close(found, truth)
+
+
 @pytest.mark.parametrize("name", ["mean", "symmetric", "smoothed", "nt_xent", "supcon"])
 def test_compiled_whole_for_every_batch_size(name: str) -> None:
     """Compiled for the first batch, never for 19 other sizes; values and gradients of eager mode.
