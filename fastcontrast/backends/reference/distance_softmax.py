@@ -31,13 +31,13 @@ def distance_softmax_forward(
 ) -> Statistics:
     """Statistics of every row."""
     out = empty_statistics(x, score_sum=score_sum, rank=threshold is not None)
-    out.lse_residual.zero_()  # the backward pass starts from the scores, not from lse
     for rows in row_chunks(x, y):
         part = of_rows(scores, rows)
         s, counts = _masked(
             _similarity(*_operands(x[rows], y, part), part.metric) * part.scale, part
         )
-        out.lse[rows], out.entropy[rows], row_sum = _softmax_statistics(s, counts)
+        lse, out.entropy[rows], row_sum = _softmax_statistics(s, counts)
+        out.lse[rows], out.lse_residual[rows] = lse, _left_over(s, lse)
         if score_sum:
             out.score_sum[rows], out.column_count[rows] = row_sum, counts.sum(1)
         if threshold is not None:
@@ -53,8 +53,7 @@ def distance_softmax_backward(
     grads: RowGradients,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, y and scale; empty where not needed."""
-    del statistics  # recomputed with the scores
+    """Gradients of x, y and scale from (lse, lse_residual, entropy); empty where not needed."""
     dtype = accumulator_dtype(x.dtype)
     dx = torch.zeros_like(x, dtype=dtype) if needs[0] else x.new_empty(0)
     dy = torch.zeros_like(y, dtype=dtype) if needs[1] else y.new_empty(0)
@@ -64,7 +63,9 @@ def distance_softmax_backward(
         a, b = _operands(x[rows], y, part)
         similarity = _similarity(a, b, part.metric)
         s, counts = _masked(similarity * part.scale, part)
-        g = _score_gradient(s, counts, *(None if v is None else v[rows].to(dtype) for v in grads))
+        row_state = [v[rows] for v in statistics]
+        row_grads = [None if v is None else v[rows].to(dtype) for v in grads]
+        g = _score_gradient(s, counts, *row_state, *row_grads)
         if needs[2]:
             dscale += torch.where(counts, g * similarity, 0.0).sum()
         g = g * part.scale
@@ -193,7 +194,8 @@ def row_losses(
 
 def of_positive(values: Tensor, scores: Scores) -> Tensor:
     """Of values per column [N], that of each row's positive [M]; any where there is none."""
-    return values[_positive_columns(scores)] if values.shape[0] else values.new_zeros(0)
+    # Not a fresh tensor: a rank without rows must go through the backward pass with the others.
+    return values[_positive_columns(scores)] if values.shape[0] else values
 
 
 def at_positives(values: Tensor, scores: Scores, columns: int) -> Tensor:
@@ -280,24 +282,33 @@ def _softmax_statistics(s: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tens
     return lse, entropy, torch.where(counts, s, 0.0).sum(1)
 
 
+def _left_over(s: Tensor, lse: Tensor) -> Tensor:
+    """What the rounding of ``lse`` left over: the logarithm of the sum of the probabilities."""
+    finite = torch.isfinite(lse)
+    residual = torch.logsumexp(s - torch.where(finite, lse, 0.0)[:, None], 1)
+    return torch.where(finite, residual, 0.0)
+
+
 def _score_gradient(
     s: Tensor,
     counts: Tensor,
+    lse: Tensor,
+    lse_residual: Tensor,
+    entropy: Tensor,
     grad_lse: Tensor | None,
     grad_entropy: Tensor | None,
     grad_sum: Tensor | None,
 ) -> Tensor:
     """∂L/∂s = p (g_lse - g_entropy (log p + H)) + g_sum, 0 where a column does not count."""
-    empty = ~counts.any(1, keepdim=True)
-    log_p = torch.log_softmax(torch.where(empty, 0.0, s), 1)
-    p = torch.where(empty, 0.0, log_p.exp())
+    lse = torch.where(torch.isneginf(lse), 0.0, lse)  # nothing counts
+    log_p = (s - lse[:, None]) - lse_residual[:, None]
+    p = log_p.exp()
     log_p = torch.where(p == 0, 0.0, log_p)
     factor = torch.zeros_like(p)
     if grad_lse is not None:
         factor = factor + grad_lse[:, None]
     if grad_entropy is not None:
-        entropy = -(p * log_p).sum(1, keepdim=True)
-        factor = factor - grad_entropy[:, None] * (log_p + entropy)
+        factor = factor - grad_entropy[:, None] * (log_p + entropy[:, None])
     g = p * factor
     if grad_sum is not None:
         g = g + grad_sum[:, None]
