@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastcontrast.compat.gathering import gathered
+from fastcontrast.distributed import gather
 from fastcontrast.losses.info_nce import info_nce_loss
 
 
@@ -70,5 +70,5 @@ class DistributedContrastiveLoss(SimpleContrastiveLoss):
         self, x: Tensor, y: Tensor, target: Tensor | None = None, reduction: str = "mean"
     ) -> Tensor:
         """As above, on the rows of all processes."""
-        x, y = (gathered(part, with_gradients=False) for part in (x, y))
+        x, y = (gather(part, gradients="own", even=True) for part in (x, y))
         return super().__call__(x, y, target, reduction)

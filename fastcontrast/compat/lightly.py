@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcontrast.compat.gathering import gathered, rank, world
+from fastcontrast.distributed import gather, rank, world_size
 from fastcontrast.losses.info_nce import info_nce_loss
 from fastcontrast.ops.checks import check_pairs, inverse_temperature
 from fastcontrast.ops.contrast_loss import Candidates, contrast_loss
@@ -35,8 +35,8 @@ class MemoryBank(nn.Module):
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:
         """Write keys [M, D] over the oldest; those beyond the end are dropped."""
-        if self.gather_distributed and world() > 1:
-            batch = gathered(batch, with_gradients=False, own_gradient=False)
+        if self.gather_distributed:
+            batch = gather(batch, gradients="none", even=True)
         start, count = int(self.bank_ptr), batch.shape[0]
         end = min(start + count, self.size[0])
         self.bank[start:end] = batch[: end - start]
@@ -80,10 +80,10 @@ class NTXentLoss(nn.Module):
         if self.memory_bank.size[0]:
             return self._against_bank(out0, out1)
         rows = normalized(torch.cat([out0, out1]))
-        m, n, columns = out0.shape[0], out0.shape[0] * world(), rows
+        m, n, columns = out0.shape[0], out0.shape[0] * world_size(), rows
         first = 0
-        if self.gather_distributed and world() > 1:
-            views = [gathered(view, with_gradients=True) for view in rows.split(m)]
+        if self.gather_distributed and world_size() > 1:
+            views = [gather(view, even=True) for view in rows.split(m)]
             columns, first = torch.cat(views), rank() * m
         else:
             n = m

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.compat.gathering import gathered
+from fastcontrast.distributed import gather
 from fastcontrast.losses.clip import clip_loss
 from fastcontrast.losses.info_nce import info_nce_loss
 
@@ -62,10 +62,12 @@ class ClipLoss(nn.Module):
         if self.world_size == 1:
             loss = clip_loss(image_features, text_features, logit_scale)
         else:
-            options = {
-                "with_gradients": self.gather_with_grad, "own_gradient": not self.local_loss,
-            }  # fmt: skip
-            images, texts = gathered(image_features, **options), gathered(text_features, **options)
+            own = "none" if self.local_loss else "own"
+            gradients = "all" if self.gather_with_grad else own
+            images, texts = (
+                gather(features, gradients=gradients, even=True)
+                for features in (image_features, text_features)
+            )
             if self.local_loss:
                 target = torch.arange(image_features.shape[0], device=images.device)
                 target = target + self.rank * image_features.shape[0]

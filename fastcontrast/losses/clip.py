@@ -14,6 +14,7 @@ from fastcontrast.ops.checks import check_choice, check_pairs, check_scale
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
 from fastcontrast.ops.distance_softmax import accumulator_dtype
 from fastcontrast.ops.normalized import normalized
+from fastcontrast.ops.ranks import Ranks
 from fastcontrast.ops.reduction import REDUCTIONS
 
 
@@ -27,6 +28,7 @@ def clip_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     return_stats: Sequence[str] = (),
+    ranks: Ranks | None = None,
     precision: str = "auto",
     backend: str | None = None,
 ) -> Any:
@@ -53,6 +55,7 @@ def clip_loss(
         reduction: ``"mean"`` and ``"sum"`` give a scalar, ``"none"`` gives [M]. The mean of no rows
             is 0.
         return_stats: See :func:`fastcontrast.info_nce_loss`; of images against texts.
+        ranks: See :func:`fastcontrast.info_nce_loss`.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
@@ -88,6 +91,7 @@ def clip_loss(
         reweighting=reweighting,
         reduction=reduction,
         return_stats=return_stats,
+        ranks=ranks,
         precision=precision,
         backend=backend,
     )
@@ -105,6 +109,7 @@ class ClipLoss(nn.Module):
         label_smoothing: See :func:`clip_loss`.
         reduction: See :func:`clip_loss`.
         return_stats: See :func:`clip_loss`.
+        ranks: See :func:`clip_loss`.
         precision: See :func:`clip_loss`.
         backend: See :func:`clip_loss`.
 
@@ -122,6 +127,7 @@ class ClipLoss(nn.Module):
         label_smoothing: float = 0.0,
         reduction: str = "mean",
         return_stats: Sequence[str] = (),
+        ranks: Ranks | None = None,
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -136,6 +142,7 @@ class ClipLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.reduction = reduction
         self.return_stats = tuple(return_stats)
+        self.ranks = ranks
         self.precision = precision
         self.backend = backend
 
@@ -153,6 +160,7 @@ class ClipLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,
             return_stats=self.return_stats,
+            ranks=self.ranks,
             precision=self.precision,
             backend=self.backend,
         )

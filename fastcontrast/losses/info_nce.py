@@ -20,6 +20,7 @@ from fastcontrast.ops.checks import (
 )
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
 from fastcontrast.ops.normalized import normalized
+from fastcontrast.ops.ranks import Ranks
 from fastcontrast.ops.reduction import REDUCTIONS
 
 
@@ -41,6 +42,7 @@ def info_nce_loss(
     hardness: float = 0.0,
     reduction: str = "mean",
     return_stats: Sequence[str] = (),
+    ranks: Ranks | None = None,
     precision: str = "auto",
     backend: str | None = None,
 ) -> Any:
@@ -101,6 +103,8 @@ def info_nce_loss(
         return_stats: Figures to return beside the loss, from the same scores: some of ``"lse"``,
             ``"entropy"``, ``"rank"``, ``"top1"``, ``"recall@5"`` (any k), ``"alignment"`` and
             ``"uniformity"``, of queries against keys.
+        ranks: A :class:`fastcontrast.distributed.Ranks`, if the batch is spread over its ranks: the
+            loss is then that of the whole. None for this process alone.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
@@ -141,18 +145,20 @@ def info_nce_loss(
     shared, own = _further_keys(negatives, query)
     positive = None if in_batch else key
     columns = with_entries(key if in_batch else key[:0], queue, shared)
+    resident = 0 if queue is None else len(queue)
     if metric == "cosine":
         query, columns, metric = normalized(query), normalized(columns), "dot"
         positive = None if positive is None else normalized(positive)
         own = None if own is None else normalized(own.flatten(0, 1)).view(own.shape)
     return contrast_loss(
-        Candidates(query, columns, target, None, positive, own, metric, scale),
+        Candidates(query, columns, target, None, positive, own, metric, scale, resident),
         symmetric=symmetric,
         row_weight=row_weight,
         all_pay=all_pay,
         reweighting=reweighting,
         reduction=reduction,
         return_stats=return_stats,
+        ranks=ranks,
         precision=precision,
         backend=backend,
     )
@@ -214,6 +220,7 @@ class InfoNCELoss(nn.Module):
         hardness: float = 0.0,
         reduction: str = "mean",
         return_stats: Sequence[str] = (),
+        ranks: Ranks | None = None,
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -229,6 +236,7 @@ class InfoNCELoss(nn.Module):
         self.hardness = hardness
         self.reduction = reduction
         self.return_stats = tuple(return_stats)
+        self.ranks = ranks
         self.precision = precision
         self.backend = backend
 
@@ -259,6 +267,7 @@ class InfoNCELoss(nn.Module):
             hardness=self.hardness,
             reduction=self.reduction,
             return_stats=self.return_stats,
+            ranks=self.ranks,
             precision=self.precision,
             backend=self.backend,
         )

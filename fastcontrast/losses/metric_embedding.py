@@ -17,6 +17,7 @@ from fastcontrast.ops.checks import (
 )
 from fastcontrast.ops.contrast_loss import Candidates, contrast_loss
 from fastcontrast.ops.distance_softmax import accumulator_dtype
+from fastcontrast.ops.ranks import Ranks, several, total
 from fastcontrast.ops.reduction import REDUCTIONS
 
 
@@ -31,6 +32,7 @@ def metric_embedding_loss(
     unlabelled_weight: float = 1.0,
     reduction: str = "mean",
     return_stats: Sequence[str] = (),
+    ranks: Ranks | None = None,
     precision: str = "auto",
     backend: str | None = None,
 ) -> Any:
@@ -61,6 +63,7 @@ def metric_embedding_loss(
             ``"sum"`` the sum over all rows, ``"none"`` the rows [M]; entropies carry their factor.
         return_stats: Figures to return beside the loss, as of :func:`fastcontrast.info_nce_loss`;
             shares and alignment are those of the labelled rows.
+        ranks: See :func:`fastcontrast.info_nce_loss`.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
@@ -89,24 +92,25 @@ def metric_embedding_loss(
     classes = anchors.shape[0]
     if classes == 0:
         raise ValueError("anchors must hold at least one class, got shape [0, D]")
+    ranks = several(ranks)
     targets = check_indices("targets", targets, embeddings, -1, classes, "-1 = unlabelled")
     labelled = targets >= 0
     dtype = accumulator_dtype(torch.promote_types(embeddings.dtype, anchors.dtype))
     weight = labelled.to(dtype)
     rest = unlabelled_weight * (1.0 - weight)
     if reduction == "mean":
-        count = labelled.sum()
-        weight = weight / count.clamp(min=1)
-        rest = rest / (targets.shape[0] - count).clamp(min=1)
+        weight = weight / total(labelled.sum(), ranks).clamp(min=1)
+        rest = rest / total((~labelled).sum(), ranks).clamp(min=1)
     columns, metric = with_entries(anchors, queue), "sqeuclidean" if squared else "l2"
     # -1 excludes nothing, so one pass serves both kinds of row.
     return contrast_loss(
-        Candidates(embeddings, columns, targets, None, None, None, metric, scale),
+        Candidates(embeddings, columns, targets, None, None, None, metric, scale, columns.shape[0]),
         row_weight=weight,
         entropy_weight=rest,
         all_pay=True,
         reduction="none" if reduction == "none" else "sum",
         return_stats=return_stats,
+        ranks=ranks,
         precision=precision,
         backend=backend,
     )
@@ -124,6 +128,7 @@ class MetricEmbeddingLoss(nn.Module):
         unlabelled_weight: float = 1.0,
         reduction: str = "mean",
         return_stats: Sequence[str] = (),
+        ranks: Ranks | None = None,
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -134,6 +139,7 @@ class MetricEmbeddingLoss(nn.Module):
         self.unlabelled_weight = unlabelled_weight
         self.reduction = reduction
         self.return_stats = tuple(return_stats)
+        self.ranks = ranks
         self.precision = precision
         self.backend = backend
 
@@ -149,6 +155,7 @@ class MetricEmbeddingLoss(nn.Module):
             unlabelled_weight=self.unlabelled_weight,
             reduction=self.reduction,
             return_stats=self.return_stats,
+            ranks=self.ranks,
             precision=self.precision,
             backend=self.backend,
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastcontrast.losses.info_nce import info_nce_loss
 from fastcontrast.losses.memory_queue import MemoryQueue
 from fastcontrast.ops.checks import check_pairs
+from fastcontrast.ops.ranks import Ranks
 
 
 def multiple_negatives_ranking_loss(
@@ -25,6 +26,7 @@ def multiple_negatives_ranking_loss(
     row_weight: Tensor | None = None,
     reduction: str = "mean",
     return_stats: Sequence[str] = (),
+    ranks: Ranks | None = None,
     precision: str = "auto",
     backend: str | None = None,
 ) -> Any:
@@ -53,6 +55,7 @@ def multiple_negatives_ranking_loss(
         reduction: ``"mean"`` and ``"sum"`` give a scalar, ``"none"`` gives [M]. The mean of no rows
             is 0.
         return_stats: See :func:`fastcontrast.info_nce_loss`.
+        ranks: See :func:`fastcontrast.info_nce_loss`.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
@@ -90,6 +93,7 @@ def multiple_negatives_ranking_loss(
         row_weight=row_weight,
         reduction=reduction,
         return_stats=return_stats,
+        ranks=ranks,
         precision=precision,
         backend=backend,
     )
@@ -111,6 +115,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         symmetric: bool = False,
         reduction: str = "mean",
         return_stats: Sequence[str] = (),
+        ranks: Ranks | None = None,
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -122,6 +127,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         self.symmetric = symmetric
         self.reduction = reduction
         self.return_stats = tuple(return_stats)
+        self.ranks = ranks
         self.precision = precision
         self.backend = backend
 
@@ -138,6 +144,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             symmetric=self.symmetric,
             reduction=self.reduction,
             return_stats=self.return_stats,
+            ranks=self.ranks,
             precision=self.precision,
             backend=self.backend,
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastcontrast.losses.memory_queue import MemoryQueue, labelled_columns
 from fastcontrast.ops.checks import METRICS, check_choice, inverse_temperature
 from fastcontrast.ops.label_softmax import class_statistics
+from fastcontrast.ops.ranks import Ranks, several
 from fastcontrast.ops.reduction import REDUCTIONS
 
 OBJECTIVES = ("nll", "error")
@@ -27,6 +28,7 @@ def nca_loss(
     temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     return_stats: Sequence[str] = (),
+    ranks: Ranks | None = None,
     precision: str = "auto",
     backend: str | None = None,
 ) -> Any:
@@ -55,6 +57,7 @@ def nca_loss(
         return_stats: Figures to return beside the loss, as of :func:`fastcontrast.info_nce_loss`;
             the rank is that of the best positive, for which it is searched, and ``"alignment"``
             averages over all positive pairs, a pass of its own.
+        ranks: See :func:`fastcontrast.info_nce_loss`.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
@@ -76,6 +79,7 @@ def nca_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("metric", metric, METRICS)
     check_choice("objective", objective, OBJECTIVES)
+    ranks = several(ranks)
     columns = labelled_columns(embeddings, labels, key, key_labels, queue)
     found = class_statistics(
         embeddings,
@@ -86,6 +90,8 @@ def nca_loss(
         metric=metric,
         scale=inverse_temperature(temperature, embeddings, columns.keys),
         return_stats=return_stats,
+        ranks=ranks,
+        resident=0 if queue is None else len(queue),
         precision=precision,
         backend=backend,
     )
@@ -105,6 +111,7 @@ class NCALoss(nn.Module):
         temperature: float | Tensor = 1.0,
         reduction: str = "mean",
         return_stats: Sequence[str] = (),
+        ranks: Ranks | None = None,
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -115,6 +122,7 @@ class NCALoss(nn.Module):
         self.temperature = temperature
         self.reduction = reduction
         self.return_stats = tuple(return_stats)
+        self.ranks = ranks
         self.precision = precision
         self.backend = backend
 
@@ -137,6 +145,7 @@ class NCALoss(nn.Module):
             temperature=self.temperature,
             reduction=self.reduction,
             return_stats=self.return_stats,
+            ranks=self.ranks,
             precision=self.precision,
             backend=self.backend,
         )

@@ -12,6 +12,7 @@ from fastcontrast.losses.memory_queue import MemoryQueue, with_entries
 from fastcontrast.ops.checks import METRICS, check_choice, check_pairs, inverse_temperature
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
 from fastcontrast.ops.normalized import normalized
+from fastcontrast.ops.ranks import Ranks
 from fastcontrast.ops.reduction import REDUCTIONS
 
 
@@ -27,6 +28,7 @@ def nt_xent_loss(
     hardness: float = 0.0,
     reduction: str = "mean",
     return_stats: Sequence[str] = (),
+    ranks: Ranks | None = None,
     precision: str = "auto",
     backend: str | None = None,
 ) -> Any:
@@ -53,6 +55,7 @@ def nt_xent_loss(
         reduction: ``"mean"`` and ``"sum"`` give a scalar, ``"none"`` gives [2M], the first view
             first. The mean of no rows is 0.
         return_stats: See :func:`fastcontrast.info_nce_loss`.
+        ranks: See :func:`fastcontrast.info_nce_loss`.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
@@ -88,14 +91,16 @@ def nt_xent_loss(
             columns = torch.cat([rows, normalized(columns[2 * m :])])
     else:
         columns = with_entries(rows, queue)
+    resident = columns.shape[0] - 2 * m
     own = torch.arange(2 * m, device=rows.device)
     target = own.roll(m)
     return contrast_loss(
-        Candidates(rows, columns, target, own, None, None, metric, scale),
+        Candidates(rows, columns, target, own, None, None, metric, scale, resident),
         all_pay=True,
         reweighting=reweighting,
         reduction=reduction,
         return_stats=return_stats,
+        ranks=ranks,
         precision=precision,
         backend=backend,
     )
@@ -118,6 +123,7 @@ class NTXentLoss(nn.Module):
         hardness: float = 0.0,
         reduction: str = "mean",
         return_stats: Sequence[str] = (),
+        ranks: Ranks | None = None,
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -130,6 +136,7 @@ class NTXentLoss(nn.Module):
         self.hardness = hardness
         self.reduction = reduction
         self.return_stats = tuple(return_stats)
+        self.ranks = ranks
         self.precision = precision
         self.backend = backend
 
@@ -146,6 +153,7 @@ class NTXentLoss(nn.Module):
             hardness=self.hardness,
             reduction=self.reduction,
             return_stats=self.return_stats,
+            ranks=self.ranks,
             precision=self.precision,
             backend=self.backend,
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastcontrast.losses.info_nce import info_nce_loss
 from fastcontrast.losses.memory_queue import MemoryQueue
 from fastcontrast.ops.checks import check_pairs
+from fastcontrast.ops.ranks import Ranks
 
 
 def spatial_contrasting_loss(
@@ -21,6 +22,7 @@ def spatial_contrasting_loss(
     symmetric: bool = False,
     reduction: str = "mean",
     return_stats: Sequence[str] = (),
+    ranks: Ranks | None = None,
     precision: str = "auto",
     backend: str | None = None,
 ) -> Any:
@@ -47,6 +49,7 @@ def spatial_contrasting_loss(
         reduction: ``"mean"`` and ``"sum"`` give a scalar, ``"none"`` gives [M]. The mean of no rows
             is 0.
         return_stats: See :func:`fastcontrast.info_nce_loss`.
+        ranks: See :func:`fastcontrast.info_nce_loss`.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
@@ -75,6 +78,7 @@ def spatial_contrasting_loss(
         symmetric=symmetric,
         reduction=reduction,
         return_stats=return_stats,
+        ranks=ranks,
         precision=precision,
         backend=backend,
     )
@@ -91,6 +95,7 @@ class SpatialContrastingLoss(nn.Module):
         symmetric: bool = False,
         reduction: str = "mean",
         return_stats: Sequence[str] = (),
+        ranks: Ranks | None = None,
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -100,6 +105,7 @@ class SpatialContrastingLoss(nn.Module):
         self.symmetric = symmetric
         self.reduction = reduction
         self.return_stats = tuple(return_stats)
+        self.ranks = ranks
         self.precision = precision
         self.backend = backend
 
@@ -113,6 +119,7 @@ class SpatialContrastingLoss(nn.Module):
             symmetric=self.symmetric,
             reduction=self.reduction,
             return_stats=self.return_stats,
+            ranks=self.ranks,
             precision=self.precision,
             backend=self.backend,
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastcontrast.losses.memory_queue import MemoryQueue, labelled_columns
 from fastcontrast.ops.checks import METRICS, check_choice, inverse_temperature
 from fastcontrast.ops.label_softmax import class_statistics
+from fastcontrast.ops.ranks import Ranks, several
 from fastcontrast.ops.reduction import REDUCTIONS
 
 FORMS = ("out", "in")
@@ -27,6 +28,7 @@ def supcon_loss(
     temperature: float | Tensor = 0.1,
     reduction: str = "mean",
     return_stats: Sequence[str] = (),
+    ranks: Ranks | None = None,
     precision: str = "auto",
     backend: str | None = None,
 ) -> Any:
@@ -58,6 +60,7 @@ def supcon_loss(
         return_stats: Figures to return beside the loss, as of :func:`fastcontrast.info_nce_loss`;
             the rank is that of the best positive, for which it is searched, and ``"alignment"``
             averages over all positive pairs, a pass of its own.
+        ranks: See :func:`fastcontrast.info_nce_loss`.
         precision: See :func:`fastcontrast.distance_softmax`.
         backend: One of :func:`fastcontrast.available_backends`, or None for the fastest.
 
@@ -78,6 +81,7 @@ def supcon_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("metric", metric, METRICS)
     check_choice("form", form, FORMS)
+    ranks = several(ranks)
     columns = labelled_columns(embeddings, labels, key, key_labels, queue)
     found = class_statistics(
         embeddings,
@@ -88,6 +92,8 @@ def supcon_loss(
         metric=metric,
         scale=inverse_temperature(temperature, embeddings, columns.keys),
         return_stats=return_stats,
+        ranks=ranks,
+        resident=0 if queue is None else len(queue),
         precision=precision,
         backend=backend,
     )
@@ -110,6 +116,7 @@ class SupConLoss(nn.Module):
         temperature: float | Tensor = 0.1,
         reduction: str = "mean",
         return_stats: Sequence[str] = (),
+        ranks: Ranks | None = None,
         precision: str = "auto",
         backend: str | None = None,
     ) -> None:
@@ -120,6 +127,7 @@ class SupConLoss(nn.Module):
         self.temperature = temperature
         self.reduction = reduction
         self.return_stats = tuple(return_stats)
+        self.ranks = ranks
         self.precision = precision
         self.backend = backend
 
@@ -142,6 +150,7 @@ class SupConLoss(nn.Module):
             temperature=self.temperature,
             reduction=self.reduction,
             return_stats=self.return_stats,
+            ranks=self.ranks,
             precision=self.precision,
             backend=self.backend,
         )

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from fastcontrast.backends.scores import Scores, transposed
 from fastcontrast.ops.checks import check_fraction, check_scale
-from fastcontrast.ops.distance_softmax import RowStatistics, accumulator_dtype, distance_softmax
+from fastcontrast.ops.distance_softmax import RowStatistics, accumulator_dtype
 from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.pairs import paired_distance, paired_scores
+from fastcontrast.ops.ranks import Ranks, several, total
+from fastcontrast.ops.sharded_softmax import columns_of_all, sharded_softmax
 from fastcontrast.ops.softmax_loss import (
     LossWeights,
     log_add,
@@ -77,6 +79,7 @@ class Candidates(NamedTuple):
         negatives: Further columns of each row alone [M, K, D], or None.
         metric: ``"l2"``, ``"sqeuclidean"`` or ``"dot"``.
         scale: 1 / temperature.
+        resident: With ranks, how many columns, the last ones, count for this rank's rows alone.
     """
 
     x: Tensor
@@ -87,6 +90,7 @@ class Candidates(NamedTuple):
     negatives: Tensor | None
     metric: str
     scale: float | Tensor
+    resident: int = 0
 
 
 def contrast_loss(
@@ -99,6 +103,7 @@ def contrast_loss(
     reweighting: Reweighting = Reweighting(),  # noqa: B008 (immutable)
     reduction: str,
     return_stats: Sequence[str] = (),
+    ranks: Ranks | None = None,
     precision: str,
     backend: str | None,
 ) -> Any:
@@ -116,14 +121,19 @@ def contrast_loss(
         reduction: ``"mean"`` over the weights of the rows that pay (of none, 0), ``"sum"`` or
             ``"none"``, checked.
         return_stats: Figures to return beside the loss.
+        ranks: Contrast with the columns of all ranks, and reduce over the rows of all; None for
+            this process alone. Indices name columns of this rank.
         precision: See :func:`~fastcontrast.distance_softmax`.
         backend: See :func:`~fastcontrast.distance_softmax`.
     """
-    c = candidates
+    c, ranks = candidates, several(ranks)
     wanted = check_statistics(return_stats)
-    weight = _row_weights(c, row_weight, all_pay, reduction)
+    weight = _row_weights(c, row_weight, all_pay, reduction, ranks)
     both = weight / 2 if symmetric else weight
-    options = {"precision": precision, "backend": backend}
+    shards = ranks
+    if ranks is not None and ranks.strategy == "gather" and not symmetric:
+        c, shards = _gathered(c, ranks), None  # once, for whatever is asked of them
+    options = {"ranks": shards, "precision": precision, "backend": backend}
     plain = (
         reweighting == Reweighting()
         and wanted is None
@@ -132,14 +142,21 @@ def contrast_loss(
     )
     if plain:
         weights = LossWeights(both, entropy_weight, both if symmetric else None)
-        function = row_losses_of if reduction == "none" else softmax_loss
-        return function(
-            c.x, c.y, c.target, weights, metric=c.metric, scale=c.scale, own=c.own, **options
-        )
+        given = {"metric": c.metric, "scale": c.scale, "own": c.own}
+        if reduction == "none" or shards is not None:
+            rows = row_losses_of(
+                c.x, c.y, c.target, weights, resident=c.resident, **given, **options
+            )
+            loss = rows if reduction == "none" else rows.sum()
+        else:
+            loss = softmax_loss(
+                c.x, c.y, c.target, weights, precision=precision, backend=backend, **given
+            )
+        return loss if ranks is None else ranks.loss(loss, reduction)
     if torch.promote_types(c.x.dtype, c.y.dtype) in (torch.float16, torch.bfloat16):
         # Operands reach the loss by several ways: their gradients are added before one rounding.
         c, options["precision"] = _widened(c), "ieee"
-    direction = _Direction(c, options, wanted)
+    direction = _Direction(c, options, wanted, all_ranks=ranks)
     loss = direction.losses(reweighting)
     if symmetric:
         turned = _Direction(_turned(c), options, None, direction.positive, rows=c.target)
@@ -149,14 +166,28 @@ def contrast_loss(
         entropies = entropy_weight * direction.over_columns().entropy
         loss = loss + torch.where(entropy_weight == 0, 0.0, entropies)
     loss = loss if reduction == "none" else loss.sum()
-    return with_statistics(loss, direction, wanted)
+    loss = loss if ranks is None else ranks.loss(loss, reduction)
+    return with_statistics(loss, direction, wanted, ranks)
 
 
-def _row_weights(c: Candidates, row_weight: Tensor | None, all_pay: bool, reduction: str) -> Tensor:
+def _gathered(c: Candidates, ranks: Ranks) -> Candidates:
+    """The same with the columns of all ranks."""
+    columns = columns_of_all(ranks, c.y, c.resident)
+    own = None if c.own is None else columns.shifted(c.own)
+    return c._replace(y=columns.y, target=columns.shifted(c.target), own=own, resident=0)
+
+
+def _row_weights(
+    c: Candidates,
+    row_weight: Tensor | None,
+    all_pay: bool,
+    reduction: str,
+    ranks: Ranks | None,
+) -> Tensor:
     """Weight of each row's loss [M] in the reduced one; 0 where it has no positive."""
     m, device = c.x.shape[0], c.x.device
     dtype = accumulator_dtype(torch.promote_types(c.x.dtype, c.y.dtype))
-    if all_pay and row_weight is None:
+    if all_pay and row_weight is None and ranks is None:
         weight = 1.0 / max(1, m) if reduction == "mean" else 1.0
         return torch.full((m,), weight, dtype=dtype, device=device)
     if all_pay and row_weight is not None and reduction != "mean":
@@ -166,8 +197,8 @@ def _row_weights(c: Candidates, row_weight: Tensor | None, all_pay: bool, reduct
         weight = torch.where(weight == 0, 0.0, row_weight.detach().to(dtype))
     if reduction != "mean":
         return weight
-    total = weight.sum()
-    return weight / torch.where(total == 0, 1.0, total)
+    sum_of_weights = total(weight.sum(), ranks)
+    return weight / torch.where(sum_of_weights == 0, 1.0, sum_of_weights)
 
 
 def _widened(c: Candidates) -> Candidates:
@@ -187,7 +218,7 @@ def _turned(c: Candidates) -> Candidates:
     """Columns as rows: the target of a column is the row whose positive it is."""
     exclude = transposed(_scores(c), c.y.shape[0]).exclude
     assert exclude is not None
-    return c._replace(x=c.y, y=c.x, target=exclude[:, 0])
+    return c._replace(x=c.y, y=c.x, target=exclude[:, 0], resident=0)
 
 
 class _Negatives(NamedTuple):
@@ -212,8 +243,9 @@ class _Direction:
         wanted: Wanted | None,
         positive: Tensor | None = None,
         rows: Tensor | None = None,
+        all_ranks: Ranks | None = None,
     ) -> None:
-        self.c, self.options = candidates, options
+        self.c, self.options, self.all_ranks = candidates, options, all_ranks
         c = self.c
         columns = [c.own] if c.positive is not None else [c.target, c.own]
         left_out = [column for column in columns if column is not None]
@@ -242,9 +274,9 @@ class _Direction:
         c = self.c
         scale = c.scale if multiple == 1.0 else multiple * c.scale
         ranked = self.ranked and multiple == 1.0
-        found = distance_softmax(
-            c.x, c.y, metric=c.metric, scale=scale, exclude=self.exclude, score_sum=True,
-            threshold=self.positive.detach() if ranked else None, **self.options,
+        found = sharded_softmax(
+            x=c.x, y=c.y, resident=c.resident, metric=c.metric, scale=scale, exclude=self.exclude,
+            score_sum=True, threshold=self.positive.detach() if ranked else None, **self.options,
         )  # fmt: skip
         if multiple == 1.0:
             self.plain = found
@@ -275,8 +307,8 @@ class _Direction:
         loss = lse - self.positive
         loss = softplus(loss) if positive_in_sum else loss
         if smoothing:
-            total = score_sum + self.positive
-            loss = loss + smoothing * (self.positive - total / (count + 1))
+            all_scores = score_sum + self.positive
+            loss = loss + smoothing * (self.positive - all_scores / (count + 1))
         return loss
 
     def _debiased(self, lse: Tensor, count: Tensor, tau_plus: float) -> Tensor:
@@ -334,14 +366,15 @@ class _Direction:
         if partner is None:
             partner = c.y[c.target.clamp(min=0)] if c.y.shape[0] else c.x
         d2 = paired_distance(normalized(c.x), normalized(partner), squared=True)
-        return torch.where(pays, d2, 0.0).sum() / pays.sum()
+        sum_d2 = torch.where(pays, d2, 0.0).sum()
+        return total(sum_d2, self.all_ranks) / total(pays.sum(), self.all_ranks)
 
     def uniformity(self) -> Tensor:
         c = self.c
         x = normalized(c.x)
-        rows = distance_softmax(
-            x, normalized(c.y), metric="sqeuclidean", scale=2.0, exclude=self.exclude,
-            score_sum=True, **self.options,
+        rows = sharded_softmax(
+            x=x, y=normalized(c.y), resident=c.resident, metric="sqeuclidean", scale=2.0,
+            exclude=self.exclude, score_sum=True, **self.options,
         )  # fmt: skip
         lse, count = rows.lse, rows.column_count
         assert count is not None
@@ -350,4 +383,4 @@ class _Direction:
             own = normalized(flat).view(c.negatives.shape)
             own = paired_scores(x[:, None], own, metric="sqeuclidean", scale=2.0)
             lse, count = log_add(lse, own.logsumexp(1)), count + own.shape[1]
-        return mean_potential(lse, count)
+        return mean_potential(lse, count, self.all_ranks)

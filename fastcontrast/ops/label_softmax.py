@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcontrast.ops.distance_softmax import RowStatistics, distance_softmax
+from fastcontrast.ops.distance_softmax import RowStatistics
 from fastcontrast.ops.nearest import nearest
 from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.pairs import paired_scores
+from fastcontrast.ops.ranks import Ranks, several, total
+from fastcontrast.ops.sharded_softmax import columns_of_all, sharded_softmax
 from fastcontrast.ops.softmax_loss import log_add, softplus
 from fastcontrast.ops.statistics import (
     Wanted,
@@ -38,6 +40,7 @@ class ClassStatistics(NamedTuple):
         pays: Whether the row has a positive.
         passes: Both passes, for figures beside the loss.
         wanted: Those asked for.
+        ranks: Whose rows the loss is taken over, or None for those of this process.
     """
 
     gap: Tensor
@@ -47,6 +50,7 @@ class ClassStatistics(NamedTuple):
     pays: Tensor
     passes: _Passes
     wanted: Wanted | None
+    ranks: Ranks | None
 
     @property
     def share_loss(self) -> Tensor:
@@ -60,10 +64,11 @@ class ClassStatistics(NamedTuple):
         """
         loss = torch.where(self.pays, loss, 0.0)
         if reduction == "mean":
-            loss = loss.sum() / self.pays.sum().clamp(min=1)
+            loss = loss.sum() / total(self.pays.sum(), self.ranks).clamp(min=1)
         elif reduction == "sum":
             loss = loss.sum()
-        return with_statistics(loss, self.passes, self.wanted)
+        loss = loss if self.ranks is None else self.ranks.loss(loss, reduction)
+        return with_statistics(loss, self.passes, self.wanted, self.ranks)
 
 
 def class_statistics(
@@ -76,10 +81,17 @@ def class_statistics(
     metric: str,
     scale: float | Tensor,
     return_stats: Sequence[str] = (),
+    ranks: Ranks | None = None,
+    resident: int = 0,
     precision: str,
     backend: str | None,
 ) -> ClassStatistics:
-    """Both passes; ``own`` [M] names each row's own column, which is left out."""
+    """Both passes; ``own`` [M] names each row's own column, which is left out.
+
+    With ``ranks`` the columns are those of all ranks, but the last ``resident`` ones of each, which
+    count for its own rows alone.
+    """
+    ranks = several(ranks)
     wanted = check_statistics(return_stats)
     if torch.promote_types(x.dtype, y.dtype) in (torch.float16, torch.bfloat16):
         # Two passes, two gradients: added before they are rounded.
@@ -88,8 +100,15 @@ def class_statistics(
         same_operand = x is y
         x = normalized(x)
         y, metric = (x if same_operand else normalized(y)), "dot"
+    shards = ranks
+    if ranks is not None and ranks.strategy == "gather":  # once for both passes
+        columns = columns_of_all(ranks, y, resident, column_ids)
+        assert columns.ids is not None
+        y, column_ids, shards = columns.y, columns.ids, None
+        own = None if own is None else columns.shifted(own)
     ids = {"row_ids": row_ids, "column_ids": column_ids}
-    passes = _Passes(x, y, ids, own, {"precision": precision, "backend": backend})
+    options = {"ranks": shards, "resident": resident, "precision": precision, "backend": backend}
+    passes = _Passes(x, y, ids, own, options, ranks)
     scores = {"metric": metric, "scale": scale}
     passes.same = passes.of("same", x, y, score_sum=True, **scores)
     best = passes.best_scores(**scores) if wanted is not None and wanted.rank else None
@@ -106,6 +125,7 @@ def class_statistics(
         pays=pays,
         passes=passes,
         wanted=wanted,
+        ranks=ranks,
     )
 
 
@@ -115,23 +135,39 @@ class _Passes:
     same: RowStatistics
     other: RowStatistics
 
-    def __init__(self, x: Tensor, y: Tensor, ids: dict, own: Tensor | None, options: dict) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: dict,
+        own: Tensor | None,
+        options: dict,
+        all_ranks: Ranks | None,
+    ) -> None:
         self.x, self.y, self.ids, self.own, self.options = x, y, ids, own, options
+        self.all_ranks = all_ranks
 
     def of(self, keep: str, x: Tensor, y: Tensor, **arguments: Any) -> RowStatistics:
         """Statistics over the columns of the ``"same"`` class, or of ``"different"`` ones."""
         exclude = self.own if keep == "same" else None
-        return distance_softmax(
-            x, y, keep=keep, exclude=exclude, **self.ids, **arguments, **self.options
+        return sharded_softmax(
+            x=x, y=y, keep=keep, exclude=exclude, **self.ids, **arguments, **self.options
         )
 
     def best_scores(self, *, metric: str, scale: float | Tensor) -> Tensor:
         """Score of each row's best positive [M], a threshold; any where there is none."""
         # Not on the backend of the passes, which may have no such search.
-        found = nearest(self.x, self.y, metric=metric, keep="same", exclude=self.own, **self.ids)
-        best = found.indices[:, 0].clamp(min=0)
         with torch.no_grad():
-            best = self.y[best] if self.y.shape[0] else self.x
+            y, own = self.y.detach(), self.own
+            ids: dict = self.ids
+            ranks = self.options["ranks"]
+            if ranks is not None:  # a ring has no such search: for the figure, it gathers
+                columns = columns_of_all(ranks, y, self.options["resident"], ids["column_ids"])
+                y, ids = columns.y, {**ids, "column_ids": columns.ids}
+                own = None if own is None else columns.shifted(own)
+            found = nearest(self.x, y, metric=metric, keep="same", exclude=own, **ids)
+            best = found.indices[:, 0].clamp(min=0)
+            best = y[best] if y.shape[0] else self.x
             return paired_scores(self.x, best, metric=metric, scale=scale)
 
     # The figures of ops/statistics.py, called without gradients.
@@ -155,12 +191,13 @@ class _Passes:
         rows = self._unit("same", 1.0)
         assert rows.score_sum is not None
         assert rows.column_count is not None
-        return -rows.score_sum.sum() / rows.column_count.sum()
+        ranks = self.all_ranks
+        return -total(rows.score_sum.sum(), ranks) / total(rows.column_count.sum(), ranks)
 
     def uniformity(self) -> Tensor:
         rows = self._unit("different", 2.0)
         assert rows.column_count is not None
-        return mean_potential(rows.lse, rows.column_count)
+        return mean_potential(rows.lse, rows.column_count, self.all_ranks)
 
     def _unit(self, keep: str, scale: float) -> RowStatistics:
         """Statistics of squared distances between rows of length 1: a pass of its own."""

@@ -30,13 +30,14 @@ from fastcontrast.backends.reference.distance_softmax import (
 from fastcontrast.backends.scores import LossWeights, Scores, accumulator_dtype, transposed
 from fastcontrast.ops.checks import PRECISION_CHOICES, check_choice
 from fastcontrast.ops.distance_softmax import (
-    distance_softmax,
     effective_precision,
     score_gradients,
     with_tensors,
     without_tensors,
 )
 from fastcontrast.ops.eager_function import EagerFunction
+from fastcontrast.ops.ranks import Ranks
+from fastcontrast.ops.sharded_softmax import sharded_softmax
 
 __all__ = [
     "LossWeights", "log_add", "positive_scores", "row_losses_of", "softmax_loss", "softplus",
@@ -101,10 +102,16 @@ def row_losses_of(
     metric: str,
     scale: float | Tensor,
     own: Tensor | None = None,
+    ranks: Ranks | None = None,
+    resident: int = 0,
     precision: str,
     backend: str | None,
 ) -> Tensor:
     """Loss of every row [M], each with an upstream gradient of its own; arguments as above.
+
+    With ``ranks``, ``lse`` is taken over the columns of all ranks, the last ``resident`` ones of
+    each counting for its own rows alone, and ``lse'`` over the rows of all; a target is a column of
+    this rank.
 
     Operands reach the loss by two ways, through the op and as positives. Half ones are widened
     first, so that the two gradients are added before they are rounded.
@@ -113,14 +120,15 @@ def row_losses_of(
     if dtype != accumulator_dtype(dtype):
         x, y, precision = x.float(), y.float(), "ieee"
     exclude = _left_out(target, own)
-    rows = distance_softmax(
-        x, y, metric=metric, scale=scale, exclude=exclude, precision=precision, backend=backend
-    )
+    rows = sharded_softmax(
+        ranks, x, y, resident=resident, metric=metric, scale=scale, exclude=exclude,
+        precision=precision, backend=backend,
+    )  # fmt: skip
     scores = Scores(metric, scale, exclude, None, None, "all", precision)
     paired_lse = None
     if weights.column_cross_entropy is not None:
-        columns = distance_softmax(
-            y, x, metric=metric, scale=scale, exclude=transposed(scores, y.shape[0]).exclude,
+        columns = sharded_softmax(
+            ranks, y, x, metric=metric, scale=scale, exclude=transposed(scores, y.shape[0]).exclude,
             precision=precision, backend=backend,
         )  # fmt: skip
         paired_lse = of_positive(columns.lse, scores)

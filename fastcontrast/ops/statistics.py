@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastcontrast.ops.ranks import Ranks, total
+
 STATISTICS = ("lse", "entropy", "rank", "top1", "recall@k", "alignment", "uniformity")
 
 
@@ -120,8 +122,13 @@ class Figures(Protocol):
         ...
 
 
-def with_statistics(loss: Tensor, figures: Figures, wanted: Wanted | None) -> Any:
-    """The loss, and beside it in a :class:`LossWithStatistics` what is wanted, if anything is."""
+def with_statistics(
+    loss: Tensor, figures: Figures, wanted: Wanted | None, ranks: Ranks | None
+) -> Any:
+    """The loss, and beside it in a :class:`LossWithStatistics` what is wanted, if anything is.
+
+    Rows are those of this rank, shares those of all rows of ``ranks``.
+    """
     if wanted is None:
         return loss
     with torch.no_grad():
@@ -131,8 +138,8 @@ def with_statistics(loss: Tensor, figures: Figures, wanted: Wanted | None) -> An
             pays = figures.pays()
             rank = torch.where(pays, figures.rank(), -1)
             found["rank"] = rank if "rank" in wanted.names else None
-            found["top1"] = share(rank == 0, pays) if "top1" in wanted.names else None
-            found["recall"] = {k: share(rank < k, pays) for k in wanted.ks} or None
+            found["top1"] = share(rank == 0, pays, ranks) if "top1" in wanted.names else None
+            found["recall"] = {k: share(rank < k, pays, ranks) for k in wanted.ks} or None
     return LossWithStatistics(loss, LossStatistics(**found))
 
 
@@ -150,11 +157,17 @@ def joined_entropy(
     return torch.where(empty, 0.0, p * entropy + q * other_entropy + surprise)
 
 
-def share(hits: Tensor, pays: Tensor) -> Tensor:
-    """Share of the rows that pay which hit, 0-dim; NaN if none pays."""
-    return (hits & pays).sum() / pays.sum()
+def share(hits: Tensor, pays: Tensor, ranks: Ranks | None) -> Tensor:
+    """Share of the rows that pay, of all ranks, which hit, 0-dim; NaN if none pays."""
+    return total((hits & pays).sum(), ranks) / total(pays.sum(), ranks)
 
 
-def mean_potential(lse: Tensor, count: Tensor) -> Tensor:
-    """Logarithm of the mean over all pairs, 0-dim, from log-sum-exp and number in each row."""
-    return lse.logsumexp(0) - count.sum().to(lse.dtype).log()
+def mean_potential(lse: Tensor, count: Tensor, ranks: Ranks | None) -> Tensor:
+    """Logarithm of the mean over all pairs, 0-dim, from log-sum-exp and number in each row.
+
+    The exponents lie in -8..0, so that ranks need no maximum to agree on.
+    """
+    every = lse.logsumexp(0)
+    if ranks is not None:
+        every = ranks.total(every.exp()).log()
+    return every - total(count.sum(), ranks).to(lse.dtype).log()
