@@ -93,6 +93,12 @@ class Pixels(NamedTuple):
         return FAR, FAR
 
 
+def rows_of_images(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows of ``index`` in the order of their images, and where each image's begin [count + 1]."""
+    ordered, order = index.sort(stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(count + 1, device=index.device))
+
+
 class RatioTable(NamedTuple):
     """Aspect ratios of crops as integers, see :class:`Draws`."""
 

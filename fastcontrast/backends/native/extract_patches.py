@@ -17,7 +17,13 @@ from torch import Tensor
 from fastcontrast import _C
 from fastcontrast.backends import reference
 from fastcontrast.backends.native import devices
-from fastcontrast.backends.patch_sets import INTERPOLATIONS, PADDING_MODES, Draws, Pixels
+from fastcontrast.backends.patch_sets import (
+    INTERPOLATIONS,
+    PADDING_MODES,
+    Draws,
+    Pixels,
+    rows_of_images,
+)
 
 # As csrc/common/scalar.h numbers them.
 SCALARS = {
@@ -124,10 +130,7 @@ def extract_patches_backward(
     workers = devices.workers(grad, _threads(grad.numel() + grad_images.numel()))
     order = starts = None
     if index is not None:
-        ordered, order = index.sort(stable=True)
-        starts = torch.searchsorted(
-            ordered, torch.arange(grad_images.shape[0] + 1, device=index.device)
-        )
+        order, starts = rows_of_images(index, grad_images.shape[0])
     kernels.extract_patches_backward(
         **_patch_set(grad_images.shape, coords, flips, grad.shape, pixels, workers),
         grad=grad.data_ptr(),

@@ -20,6 +20,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Ops that have kernels here, and the dtypes that they take.
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "distance_softmax": FLOATING,
+    "extract_patches": (torch.uint8, *FLOATING),
     "triplet_distances": FLOATING,
 }
 # Entry of the backend table -> file of this folder that holds it.
@@ -27,6 +28,10 @@ ENTRIES: dict[str, str] = {
     "distance_softmax_forward": "distance_softmax",
     "distance_softmax_backward": "distance_softmax",
     "softmax_loss": "distance_softmax",
+    "sample_coords": "patch_draws",
+    "first_invalid_box": "extract_patches",
+    "extract_patches_forward": "extract_patches",
+    "extract_patches_backward": "extract_patches",
     "triplet_distances_forward": "triplet_distances",
     "triplet_distances_backward": "triplet_distances",
     "triplet_difference_forward": "triplet_distances",

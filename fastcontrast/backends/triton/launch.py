@@ -6,6 +6,7 @@ at ahead of time (docs/triton_kernels.md), and no call is spent on trying. Needs
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from fastcontrast.backends.triton.launch_table import SIZES
@@ -86,3 +87,60 @@ def launch(
 
 # Small, so that test shapes have several tiles on both sides, and unlike on the two sides.
 INTERPRETED = Launch(block=64, other=32, other_many=32, part=0, warps=1, stages=1)
+
+
+class PatchLaunch(NamedTuple):
+    """Sizes of one launch over patches, or over images.
+
+    Attributes:
+        outer: Patches, or channels of an image, that a program owns.
+        lines: Lines of each of them, an axis or two of the memory's order.
+        columns: Elements of a line.
+        warps: Warps of a program.
+    """
+
+    outer: int
+    lines: int
+    columns: int
+    warps: int
+
+
+# Elements of a program's tile, its longest line, and warps: forward, where the output is written,
+# and backward, where gradients are gathered. Of the same table as SIZES, but for every GPU.
+PATCHES = {"cut": (2048, 128, 4), "gather": (1024, 64, 4), "draw": (128, 128, 4)}
+# Under the interpreter, where a program takes long and its size hardly matters.
+PATCHES_INTERPRETED = {
+    "cut": (1 << 15, 128, 1), "gather": (1 << 13, 64, 1), "draw": (1 << 14, 1 << 14, 1),
+}  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def patch_launch(
+    kernel: str, outer: int, lines: int, columns: int, *, interpreted: bool
+) -> PatchLaunch:
+    """Sizes for ``outer`` times ``lines`` times ``columns`` elements: those with the least padding.
+
+    Args:
+        kernel: One of PATCHES.
+        outer: Patches, or channels of an image; 1 and more, as the others are.
+        lines: Of each.
+        columns: Of a line.
+        interpreted: Whether the interpreter runs the kernel.
+    """
+    elements, longest, warps = (PATCHES_INTERPRETED if interpreted else PATCHES)[kernel]
+    width = _least_padding(columns, longest)
+    height = _least_padding(lines, elements // width)
+    depth = min(_power_of_two(outer), elements // (width * height))
+    return PatchLaunch(depth, height, width, warps)
+
+
+def _least_padding(size: int, most: int) -> int:
+    """The power of two up to ``most``, and at least 16 if ``size`` is, that pads ``size`` least."""
+    options = [min(most, _power_of_two(size))]
+    while options[-1] > 16:
+        options.append(options[-1] // 2)
+    return min(options, key=lambda block: (-(-size // block) * block, -block))
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
