@@ -26,6 +26,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import patch_kernels
 from fastcontrast.backends.triton import launch as launches
 from fastcontrast.backends.triton.launch_table import SIZES
 from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
@@ -44,6 +45,8 @@ TRIPLETS = {
 }
 TRIPLET_KINDS = ("float64", "ieee", "bfloat16", "float16")
 TRIPLET_DIMS = (32, 128, 1024)
+PATCH_KINDS = ("float64", "ieee", "bfloat16")
+PATCH_SIDES = (32, 224)
 # Triton's names of the dtypes of (operands, points as given, sums) of each kind.
 DTYPES = {
     "float64": ("fp64", "fp64", "fp64"),
@@ -87,6 +90,7 @@ class Resources(NamedTuple):
     matrix_instructions: int
     asynchronous_copies: int
     warps_resident: int
+    vector_stores: int
 
 
 def every_entry() -> Iterator[Entry]:
@@ -103,6 +107,16 @@ def every_entry() -> Iterator[Entry]:
             (False, True),
         )
     )  # fmt: skip
+    for arch, kernel, side in itertools.product(
+        launches.ARCHITECTURES, patch_kernels.KERNELS, PATCH_SIDES
+    ):
+        yield from patch_entries(arch, kernel, side, PATCH_KINDS)
+
+
+def patch_entries(arch: int, kernel: str, side: int, kinds: tuple[str, ...]) -> Iterator[Entry]:
+    """A kernel of patches of one size, plain and with all options."""
+    for how, kind in itertools.product(patch_kernels.METHODS[kernel], kinds):
+        yield Entry(arch, kernel, kind, side, how, many=how != "plain")
 
 
 def subset() -> list[Entry]:
@@ -115,11 +129,19 @@ def subset() -> list[Entry]:
         if (arch, kernel, kind, 128) in SIZES
     ]
     found.append(Entry(90, "statistics", "bfloat16", 256, "dot", many=True))
-    return found + [
-        Entry(arch, kernel, kind, 128, "l2", many=True)
-        for arch, kernel in itertools.product(launches.ARCHITECTURES, TRIPLETS)
-        for kind in (kinds[arch] if arch != 90 else TRIPLET_KINDS)
-    ]
+    return (
+        found
+        + [
+            Entry(arch, kernel, kind, 128, "l2", many=True)
+            for arch, kernel in itertools.product(launches.ARCHITECTURES, TRIPLETS)
+            for kind in (kinds[arch] if arch != 90 else TRIPLET_KINDS)
+        ]
+        + [
+            entry
+            for arch, kernel in itertools.product(launches.ARCHITECTURES, patch_kernels.KERNELS)
+            for entry in patch_entries(arch, kernel, 224, ("ieee",))
+        ]
+    )
 
 
 def compiled(entry: Entry, sizes: launches.Launch | None = None) -> Resources:
@@ -128,6 +150,9 @@ def compiled(entry: Entry, sizes: launches.Launch | None = None) -> Resources:
     kernel, constants, type_of = row_statistics_kernel, _constants, _type
     if entry.kernel in TRIPLETS:
         kernel, constants, type_of = TRIPLETS[entry.kernel], _triplet_constants, _triplet_type
+    elif entry.kernel in patch_kernels.KERNELS:
+        kernel = patch_kernels.KERNELS[entry.kernel]
+        constants, type_of = patch_kernels.constants_of, patch_kernels.type_of
     elif entry.kernel == "gradients":
         kernel = point_gradients_kernel
     constants = constants(entry, sizes)
@@ -140,6 +165,7 @@ def compiled(entry: Entry, sizes: launches.Launch | None = None) -> Resources:
         signature[name] = type_of(name, entry.kind)
         aligned = (
             "x_stride", "y_stride", "own_stride", "other_stride", "dim", "a_row", "p_row", "n_row",
+            *patch_kernels.ALIGNED,
         )  # fmt: skip
         if signature[name].startswith("*") or name in aligned:
             hints[(position,)] = [["tt.divisibility", 16]]
@@ -159,6 +185,7 @@ def compiled(entry: Entry, sizes: launches.Launch | None = None) -> Resources:
     return Resources(
         registers, stack, shared, len(re.findall(matrix, result.asm["ptx"])),
         result.asm["ttgir"].count("async_copy_global"), programs * sizes.warps,
+        len(re.findall(r"st\.global\S*\.v\d", result.asm["ptx"])),
     )  # fmt: skip
 
 
@@ -167,6 +194,8 @@ def launch_of(entry: Entry) -> launches.Launch:
     if entry.kernel in TRIPLETS:
         block, chunk = triplet_tile(1 << 30, entry.dim, 8 if entry.kind == "float64" else 4, 1)
         return launches.Launch(block, chunk, chunk, chunk, 4, 1)
+    if entry.kernel in patch_kernels.KERNELS:
+        return patch_kernels.launch_of(entry.kernel, entry.dim, entry.metric == "plain")
     capability = (entry.architecture // 10, entry.architecture % 10)
     return launches.launch(entry.kernel, entry.kind, entry.dim, capability, many=entry.many)
 

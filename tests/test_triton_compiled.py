@@ -59,6 +59,12 @@ class TestCompiled:
             if entry["kernel"] in launches.KERNELS and entry["kind"] in ("bfloat16", "float16"):
                 assert resources["asynchronous_copies"] > 0, (entry, resources)
 
+    def test_patches_are_written_by_vectors(self) -> None:
+        """16 bytes at a time where sides allow, what the alignment of addresses comes to."""
+        for entry, resources in compiled_subset():
+            if entry["kernel"] in ("patches cut", "patches gathered"):
+                assert resources["vector_stores"] > 0, (entry, resources)
+
     def test_the_document_has_these_figures(self) -> None:
         text = (ROOT / "docs" / "triton_kernels.md").read_text()
         import triton as library

@@ -1,4 +1,4 @@
-"""`extract_patches` in Triton: one launch from the images' pixels to the finished patches, one back.
+"""`extract_patches` in Triton: one launch from images to finished patches, and one back.
 
 Maths: out[b,k,c,y,x] = a_c·images[b,c,Y,X] + b_c, where (Y, X) walks the box of patch (b,k),
     backwards along a flipped axis; where the box is resized, images is the crop resized, and beyond
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -244,7 +243,12 @@ def gather_gradients_kernel(
                 box_width = tl.load(coords + 4 * patch + 3).to(INT)
                 radius_y = tap_radius(box_height, height, ANTIALIAS)
                 radius_x = tap_radius(box_width, width, ANTIALIAS)
-                for fold in range(0, FOLDS):
+                folds = FOLDS
+                if PADDING == "error" or PADDING == "constant":
+                    meets = (top < first_y + LINES) & (top + box_height > first_y)
+                    meets = meets & (left < first_x + COLUMNS) & (left + box_width > first_x)
+                    folds = tl.where(meets, FOLDS, 0)
+                for fold in range(0, folds):
                     begin_y, end_y = standing_for(own_y, image_height, fold // 3, PADDING)
                     begin_x, end_x = standing_for(own_x, image_width, fold % 3, PADDING)
                     begin_y = tl.maximum(begin_y - top, 0)
@@ -340,7 +344,8 @@ def extract_patches_backward(
     arithmetic = _arithmetic(grad, grad_images)
     maps = _channel_maps(pixels, channels, arithmetic, grad_images.dtype, grad.device)
     order, starts = (None, None) if index is None else rows_of_images(index, count)
-    sizes = patch_launch("gather", channels, image_height, image_width, interpreted=INTERPRETED)
+    kernel = "gather" if pixels.plain else "gather resized"
+    sizes = patch_launch(kernel, channels, image_height, image_width, interpreted=INTERPRETED)
     blocks = (
         triton.cdiv(channels, sizes.outer), triton.cdiv(image_height, sizes.lines),
         triton.cdiv(image_width, sizes.columns),
@@ -350,8 +355,9 @@ def extract_patches_backward(
         grad.shape[1], channels, image_height, image_width, *grad.shape[3:], *blocks,
         *grad.stride(), METHOD=pixels.interpolation, ANTIALIAS=pixels.antialias,
         PADDING=pixels.padding_mode, FOLDS=9 if pixels.padding_mode == "reflect" else 1,
-        SCALE=bool(pixels.scale), INT=_integers(pixels, grad_images.shape, grad.shape), ACC=arithmetic,
-        CHANNELS=sizes.outer, LINES=sizes.lines, COLUMNS=sizes.columns, num_warps=sizes.warps,
+        SCALE=bool(pixels.scale), INT=_integers(pixels, grad_images.shape, grad.shape),
+        ACC=arithmetic, CHANNELS=sizes.outer, LINES=sizes.lines, COLUMNS=sizes.columns,
+        num_warps=sizes.warps,
     )  # fmt: skip
 
 

@@ -105,20 +105,29 @@ class PatchLaunch(NamedTuple):
     warps: int
 
 
-# Elements of a program's tile, its longest line, and warps: forward, where the output is written,
-# and backward, where gradients are gathered. Of the same table as SIZES, but for every GPU.
-PATCHES = {"cut": (2048, 128, 4), "gather": (1024, 64, 4), "draw": (128, 128, 4)}
+# Elements of a program's tile, its longest line, and warps: forward, where the output is written;
+# backward, where gradients are gathered, from boxes as they are or resized and padded, which takes
+# more registers; draws. For every GPU.
+PATCHES = {
+    "cut": (2048, 128, 4),
+    "gather": (1024, 64, 4),
+    "gather resized": (512, 32, 4),
+    "draw": (128, 128, 4),
+}
 # Under the interpreter, where a program takes long and its size hardly matters.
 PATCHES_INTERPRETED = {
-    "cut": (1 << 15, 128, 1), "gather": (1 << 13, 64, 1), "draw": (1 << 14, 1 << 14, 1),
-}  # fmt: skip
+    "cut": (1 << 15, 128, 1),
+    "gather": (1 << 13, 64, 1),
+    "gather resized": (1 << 13, 64, 1),
+    "draw": (1 << 14, 1 << 14, 1),
+}
 
 
 @lru_cache(maxsize=256)
 def patch_launch(
     kernel: str, outer: int, lines: int, columns: int, *, interpreted: bool
 ) -> PatchLaunch:
-    """Sizes for ``outer`` times ``lines`` times ``columns`` elements: those with the least padding.
+    """Sizes for ``outer`` times ``lines`` times ``columns`` elements, with little padding.
 
     Args:
         kernel: One of PATCHES.
@@ -128,18 +137,23 @@ def patch_launch(
         interpreted: Whether the interpreter runs the kernel.
     """
     elements, longest, warps = (PATCHES_INTERPRETED if interpreted else PATCHES)[kernel]
-    width = _least_padding(columns, longest)
-    height = _least_padding(lines, elements // width)
+    block = _covering_block if interpreted else _dividing_block
+    width = block(columns, longest)
+    height = block(lines, elements // width)
     depth = min(_power_of_two(outer), elements // (width * height))
     return PatchLaunch(depth, height, width, warps)
 
 
-def _least_padding(size: int, most: int) -> int:
-    """The power of two up to ``most``, and at least 16 if ``size`` is, that pads ``size`` least."""
-    options = [min(most, _power_of_two(size))]
-    while options[-1] > 16:
-        options.append(options[-1] // 2)
-    return min(options, key=lambda block: (-(-size // block) * block, -block))
+def _dividing_block(size: int, most: int) -> int:
+    """The largest power of two that pads ``size`` by an eighth at most; of 16 and less, any."""
+    block = _covering_block(size, most)
+    while block > 16 and 8 * (-(-size // block) * block) > 9 * size:
+        block //= 2
+    return block
+
+
+def _covering_block(size: int, most: int) -> int:
+    return min(most, _power_of_two(size))
 
 
 def _power_of_two(size: int) -> int:

@@ -40,13 +40,31 @@ NOT_SPECIALIZED = (
 
 
 @triton.jit
+def philox4x32(c0, c1, c2, c3, seed):
+    """Philox4x32-10 of csrc/common/philox.h: four words uint32 from as many, and an int64 key.
+
+    As tl.philox, whose products of words the interpreter takes one at a time.
+    """
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for turn in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ (low + turn * 0x9E3779B9).to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ (high + turn * 0xBB67AE85).to(tl.uint32)
+        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def crop_words(seed, step, draw, sample_id, k):
-    """Four words of a draw, uint32, for ids and patches of one shape."""
-    c0 = (step + 0 * sample_id).to(tl.uint32)
-    c1 = (((step >> 32) & 0xFFFF) + (draw << 16) + 0 * sample_id).to(tl.uint32)
+    """Four words of a draw, for sample ids and patches of one shape."""
+    # Sums first: the interpreter keeps numbers from 2^31 to 2^32 in 32 bits, and shifts them wrong.
+    seed, step = seed + 0 * sample_id, step + 0 * sample_id
+    c0 = step.to(tl.uint32)
+    c1 = (((step >> 32) & 0xFFFF) + (draw << 16)).to(tl.uint32)
     c2 = sample_id.to(tl.uint32)
     c3 = (((sample_id >> 32) & 0xFF) + (k << 8)).to(tl.uint32)
-    return tl.philox(seed, c0, c1, c2, c3)
+    return philox4x32(c0, c1, c2, c3, seed)
 
 
 @triton.jit
@@ -169,7 +187,7 @@ def sample_coords(
     patches = flips.numel()
     if patches == 0:
         return -1
-    _, _, block, warps = patch_launch("draw", 1, 1, patches, interpreted=INTERPRETED)
+    _, _, block, warps = patch_launch("draw", 1, 1, 1 << 30, interpreted=INTERPRETED)
     sample_coords_kernel[(triton.cdiv(patches, block),)](
         coords, flips, patches, flips.shape[1], **draw_arguments(sample_ids, key, draws),
         BLOCK=block, num_warps=warps,
