@@ -32,7 +32,7 @@ def _on_triton() -> Iterator[None]:
 @pytest.fixture
 def _small_tiles(_on_triton: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles on every axis of a small shape."""
-    gather = (256, 16, 1)
+    gather = (128, 16, 1)
     sizes = {"cut": (64, 8, 1), "gather": gather, "gather resized": gather, "draw": (8, 8, 1)}
     monkeypatch.setattr(launches, "PATCHES" + "_INTERPRETED" * INTERPRETED, sizes)
     launches.patch_launch.cache_clear()
@@ -51,7 +51,7 @@ def patches_and_gradient(images: Tensor, backend: str, **options: Any) -> tuple[
     "options",
     [
         dict(size=(9, 11)),
-        dict(size=(9, 11), padding=5, padding_mode="constant", fill=(0.5, 1.0, 2.0), layout="NHWC"),
+        dict(size=(9, 11), padding=5, padding_mode="constant", fill=(0.5, 2.0), layout="NHWC"),
         dict(size=(9, 5), padding=5, padding_mode="reflect"),
         dict(size=(9, 5), padding=5, padding_mode="edge", scale=(0.2, 0.9)),
         dict(size=(4, 5), padding=5, padding_mode="reflect", scale=(0.2, 0.9)),
@@ -65,9 +65,9 @@ def patches_and_gradient(images: Tensor, backend: str, **options: Any) -> tuple[
 @pytest.mark.usefixtures("_small_tiles")
 def test_tiles_and_gradients_of_padding(options: dict[str, Any]) -> None:
     """Every way of padding and resizing against the reference, over tile borders."""
-    images = torch.rand(2, 3, 13, 18, dtype=torch.float64)
+    images = torch.rand(2, 2, 9, 12, dtype=torch.float64)
     options = options | dict(hflip=0.5, vflip=0.5, std=0.5, seed=6)
-    options["index"] = torch.tensor([1, 1])
+    options["index"] = torch.tensor([1] if "scale" in options else [1, 1])
     mine = patches_and_gradient(images, "triton", **options)
     for found, true in zip(mine, patches_and_gradient(images, "reference", **options), strict=True):
         # Sums of up to a hundred products of size 2, each rounded by a few eps.

@@ -109,9 +109,9 @@ class PatchLaunch(NamedTuple):
 # backward, where gradients are gathered, from boxes as they are or resized and padded, which takes
 # more registers; draws. For every GPU.
 PATCHES = {
-    "cut": (2048, 128, 4),
+    "cut": (2048, 128, 8),
     "gather": (1024, 64, 4),
-    "gather resized": (512, 32, 4),
+    "gather resized": (1024, 32, 8),
     "draw": (128, 128, 4),
 }
 # Under the interpreter, where a program takes long and its size hardly matters.

@@ -96,12 +96,14 @@ def numerators(i, begin, end, extent, size, radius):
 
 @triton.jit
 def weight_of(part, total, ACC: tl.constexpr):
-    """part/total, rounded once."""
-    total = tl.maximum(total, 1)  # of a pixel that is not there
+    """part/total, rounded once; 1 where they are equal."""
+    part, total = part.to(ACC), tl.maximum(total, 1).to(ACC)  # 0 of a pixel that is not there
     if tl.float64 == ACC:
-        weight = part.to(ACC) / total.to(ACC)
-    else:  # Triton's own quotient of float32 is an approximation
-        weight = tl.div_rn(part.to(ACC), total.to(ACC))
+        weight = part / total
+    else:  # Triton approximates quotients of float32; the rest that one leaves mends it
+        inverse = 1.0 / total
+        weight = part * inverse
+        weight = tl.fma(tl.fma(-weight, total, part), inverse, weight)
     return weight
 
 
