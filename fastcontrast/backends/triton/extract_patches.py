@@ -18,7 +18,7 @@ Numerics: float32, or float64 where an element type is; rows are mixed before co
 
 # Triton's language is Python only in its syntax: the checker sees the wrong types.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportIndexIssue=false, reportInvalidTypeForm=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations

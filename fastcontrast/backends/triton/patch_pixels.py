@@ -7,7 +7,7 @@ function takes and returns integers of one type, int32 where the launcher knows 
 
 # Triton's language is Python only in its syntax: the checker sees the wrong types.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportIndexIssue=false, reportInvalidTypeForm=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
