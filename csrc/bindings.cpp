@@ -8,7 +8,6 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "arguments.h"
 #include "bf16_bindings.h"
@@ -33,7 +32,14 @@ namespace {
 using fastcontrast::Address;
 using fastcontrast::Addresses;
 using fastcontrast::at;
-using fastcontrast::crop_rule_from;
+using fastcontrast::channel_numbers_from;
+using fastcontrast::ChannelNumbers;
+using fastcontrast::crop_draws_from;
+using fastcontrast::image_gradient_from;
+using fastcontrast::images_from;
+using fastcontrast::patch_gradient_from;
+using fastcontrast::patch_output_from;
+using fastcontrast::patch_set_from;
 using fastcontrast::triplet_distances_at;
 using fastcontrast::triplet_gradients_at;
 using fastcontrast::triplets_from;
@@ -195,72 +201,30 @@ void small_softmax_loss(Address x, Address y, std::int64_t rows, std::int64_t co
   if (!FASTCONTRAST_DISPATCH(small_softmax_loss, call)) throw std::bad_alloc();
 }
 
-// Boxes, sizes and the channels' affine map, from the keyword arguments that forward and backward
-// of `extract_patches` share. The vectors own what the set points to.
-cpu::PatchSet patch_set_from(const py::kwargs& a, const std::vector<double>& scale = {},
-                             const std::vector<double>& offset = {},
-                             const std::vector<double>& fill = {}) {
-  cpu::PatchSet set;
-  set.coords = at<const fastcontrast::Box>(a["coords"].cast<Address>());
-  set.flips = at<const std::uint8_t>(a["flips"].cast<Address>());
-  set.batch = a["batch"].cast<std::int64_t>();
-  set.num_patches = a["num_patches"].cast<std::int64_t>();
-  set.channels = a["channels"].cast<std::int64_t>();
-  set.image_height = a["image_height"].cast<std::int64_t>();
-  set.image_width = a["image_width"].cast<std::int64_t>();
-  set.height = a["height"].cast<std::int64_t>();
-  set.width = a["width"].cast<std::int64_t>();
-  set.scale = scale.empty() ? nullptr : scale.data();
-  set.scale_count = static_cast<std::int64_t>(scale.size());
-  set.offset = offset.empty() ? nullptr : offset.data();
-  set.offset_count = static_cast<std::int64_t>(offset.size());
-  set.fill = fill.empty() ? nullptr : fill.data();
-  set.fill_count = static_cast<std::int64_t>(fill.size());
-  set.interpolation = static_cast<cpu::Interpolation>(a["interpolation"].cast<int>());
-  set.antialias = a["antialias"].cast<bool>();
-  set.padding = static_cast<fastcontrast::Padding>(a["padding"].cast<int>());
+fastcontrast::PatchSet cpu_patch_set_from(const py::kwargs& a, const ChannelNumbers& numbers) {
+  fastcontrast::PatchSet set = patch_set_from(a, numbers);
   set.threads = a["workers"].cast<int>();
   return set;
 }
 
 void extract_patches_forward(const py::kwargs& a) {
-  const auto scale = a["scale"].cast<std::vector<double>>();
-  const auto offset = a["offset"].cast<std::vector<double>>();
-  const auto fill = a["fill"].cast<std::vector<double>>();
-  const cpu::PatchSet set = patch_set_from(a, scale, offset, fill);
-  cpu::Images images;
-  images.data = at<const void>(a["images"].cast<Address>());
-  images.type = static_cast<fastcontrast::Scalar>(a["image_type"].cast<int>());
-  images.index = at<const std::int64_t>(a["index"].cast<Address>());
-  const auto strides = a["image_strides"].cast<std::array<std::int64_t, 4>>();
-  for (int i = 0; i < 4; ++i) images.stride[i] = strides[i];
-  cpu::PatchOutput output;
-  output.data = at<void>(a["out"].cast<Address>());
-  output.type = static_cast<fastcontrast::Scalar>(a["out_type"].cast<int>());
-  const auto out_strides = a["out_strides"].cast<std::array<std::int64_t, 3>>();
-  for (int i = 0; i < 3; ++i) output.stride[i] = out_strides[i];
+  const ChannelNumbers numbers = channel_numbers_from(a);
+  const fastcontrast::PatchSet set = cpu_patch_set_from(a, numbers);
+  const fastcontrast::Images images = images_from(a);
+  const fastcontrast::PatchOutput out = patch_output_from(a);
   bool done;
   {
     py::gil_scoped_release release;
-    done = FASTCONTRAST_DISPATCH(extract_patches_forward, set, images, output);
+    done = FASTCONTRAST_DISPATCH(extract_patches_forward, set, images, out);
   }
   if (!done) throw std::bad_alloc();
 }
 
 void extract_patches_backward(const py::kwargs& a) {
-  const auto scale = a["scale"].cast<std::vector<double>>();
-  const cpu::PatchSet set = patch_set_from(a, scale);
-  cpu::PatchGradient grad;
-  grad.data = at<const void>(a["grad"].cast<Address>());
-  grad.type = static_cast<fastcontrast::Scalar>(a["grad_type"].cast<int>());
-  const auto strides = a["grad_strides"].cast<std::array<std::int64_t, 5>>();
-  for (int i = 0; i < 5; ++i) grad.stride[i] = strides[i];
-  cpu::ImageGradient images;
-  images.data = at<void>(a["grad_images"].cast<Address>());
-  images.type = static_cast<fastcontrast::Scalar>(a["image_type"].cast<int>());
-  images.count = a["images"].cast<std::int64_t>();
-  images.order = at<const std::int64_t>(a["order"].cast<Address>());
-  images.starts = at<const std::int64_t>(a["starts"].cast<Address>());
+  const ChannelNumbers numbers = channel_numbers_from(a);
+  const fastcontrast::PatchSet set = cpu_patch_set_from(a, numbers);
+  const fastcontrast::PatchGradient grad = patch_gradient_from(a);
+  const fastcontrast::ImageGradient images = image_gradient_from(a);
   bool done;
   {
     py::gil_scoped_release release;
@@ -270,25 +234,13 @@ void extract_patches_backward(const py::kwargs& a) {
 }
 
 std::int64_t sample_coords(const py::kwargs& a) {
-  cpu::CropDraws draws;
-  const auto* key = at<const std::int64_t>(a["key"].cast<Address>());  // in place of the numbers
-  draws.seed = key ? static_cast<std::uint64_t>(key[0]) : a["seed"].cast<std::uint64_t>();
-  draws.step = key ? static_cast<std::uint64_t>(key[1]) : a["step"].cast<std::uint64_t>();
-  draws.sample_ids = at<const std::int64_t>(a["sample_ids"].cast<Address>());
-  draws.batch = a["batch"].cast<std::int64_t>();
-  draws.num_patches = a["num_patches"].cast<std::int64_t>();
-  draws.first_patch = a["first_patch"].cast<std::uint32_t>();
-  draws.rule = crop_rule_from(a);
-  draws.hflip_threshold = a["hflip_threshold"].cast<std::uint64_t>();
-  draws.vflip_threshold = a["vflip_threshold"].cast<std::uint64_t>();
-  draws.coords = at<fastcontrast::Box>(a["coords"].cast<Address>());
-  draws.flips = at<std::uint8_t>(a["flips"].cast<Address>());
+  const fastcontrast::CropDraws draws = crop_draws_from(a);
   py::gil_scoped_release release;
   return FASTCONTRAST_DISPATCH(sample_coords, draws);
 }
 
 std::int64_t first_invalid_box(const py::kwargs& a) {
-  const cpu::PatchSet set = patch_set_from(a);
+  const fastcontrast::PatchSet set = cpu_patch_set_from(a, {});
   return FASTCONTRAST_DISPATCH(first_invalid_box, set);
 }
 

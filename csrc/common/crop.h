@@ -156,6 +156,18 @@ FC_INLINE bool far_apart(const CropRule& rule, Box a, Box b) {
   return true;
 }
 
+FC_INLINE bool constrained(const CropRule& rule) {
+  return rule.min_distance > 0 || rule.max_iou >= 0;
+}
+
+// Whether a box is far enough from the first `count` boxes of its image.
+FC_INLINE bool clear_of(const CropRule& rule, Box box, const Box* earlier, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (!far_apart(rule, box, earlier[i])) return false;
+  }
+  return true;
+}
+
 // The rows of a patch, top to bottom as written, walk the source by `step` from `first`; likewise
 // its columns. A flip starts at the far end and walks back.
 struct Walk {

@@ -8,39 +8,21 @@
 namespace fastcontrast {
 namespace cpu {
 namespace FASTCONTRAST_ISA {
-namespace {
-
-bool clear_of(const CropRule& rule, Box box, const Box* earlier, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (!far_apart(rule, box, earlier[i])) return false;
-  }
-  return true;
-}
-
-}  // namespace
 
 int64_t sample_coords(const CropDraws& draws) {
   const CropRule rule = draws.rule;
-  const bool constrained = rule.min_distance > 0 || rule.max_iou >= 0;
+  const DrawKey key = key_of(draws);
   int64_t lost = -1;
   for (int64_t image = 0; image < draws.batch; ++image) {
-    const uint64_t id = draws.sample_ids ? (uint64_t)draws.sample_ids[image] : (uint64_t)image;
     Box* boxes = draws.coords + image * draws.num_patches;
     uint8_t* flips = draws.flips + image * draws.num_patches;
     for (int64_t k = 0; k < draws.num_patches; ++k) {
-      const uint32_t counter_k = draws.first_patch + (uint32_t)k;
-      const PhiloxBlock words = crop_words(draws.seed, draws.step, 0, id, counter_k);
-      flips[k] = (uint8_t)((words.word[2] < draws.hflip_threshold ? FLIP_HORIZONTAL : 0) |
-                           (words.word[3] < draws.vflip_threshold ? FLIP_VERTICAL : 0));
-      if (!constrained && !rule.row_factors) {
-        boxes[k] =
-            place(crop_region(rule, k), rule.height, rule.width, words.word[0], words.word[1]);
-        continue;
-      }
+      boxes[k] = draw_patch(draws, key, image, k, &flips[k]);
+      if (!constrained(rule)) continue;
       int attempt = 0;
-      do {
-        boxes[k] = draw_box(rule, draws.seed, draws.step, id, counter_k, k, attempt);
-      } while (constrained && !clear_of(rule, boxes[k], boxes, k) && ++attempt < CROP_ATTEMPTS);
+      while (!clear_of(rule, boxes[k], boxes, k) && ++attempt < CROP_ATTEMPTS) {
+        boxes[k] = draw_again(draws, key, image, k, attempt);
+      }
       if (attempt == CROP_ATTEMPTS && lost < 0) lost = image * draws.num_patches + k;
     }
   }

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <stdexcept>
 #include <utility>
-#include <vector>
 
 #include "arguments.h"
 #include "cuda/extract_patches.h"
@@ -53,42 +52,11 @@ void triplet_distances_backward_entry(const Addresses& points,
   }
 }
 
-// Boxes, sizes and the channels' affine map, from the keyword arguments that forward and backward
-// of `extract_patches` share. `scale` and `offset` own what the set points to.
-PatchSet patch_set_from(const py::kwargs& a, const std::vector<double>& scale,
-                        const std::vector<double>& offset) {
-  PatchSet set;
-  set.coords = at<const Box>(a["coords"].cast<Address>());
-  set.flips = at<const std::uint8_t>(a["flips"].cast<Address>());
-  set.batch = a["batch"].cast<std::int64_t>();
-  set.num_patches = a["num_patches"].cast<std::int64_t>();
-  set.channels = a["channels"].cast<std::int64_t>();
-  set.image_height = a["image_height"].cast<std::int64_t>();
-  set.image_width = a["image_width"].cast<std::int64_t>();
-  set.height = a["height"].cast<std::int64_t>();
-  set.width = a["width"].cast<std::int64_t>();
-  set.scale = scale.empty() ? nullptr : scale.data();
-  set.scale_count = static_cast<std::int64_t>(scale.size());
-  set.offset = offset.empty() ? nullptr : offset.data();
-  set.offset_count = static_cast<std::int64_t>(offset.size());
-  return set;
-}
-
 void extract_patches_forward_entry(const py::kwargs& a) {
-  const auto scale = a["scale"].cast<std::vector<double>>();
-  const auto offset = a["offset"].cast<std::vector<double>>();
-  const PatchSet set = patch_set_from(a, scale, offset);
-  Images images;
-  images.data = at<const void>(a["images"].cast<Address>());
-  images.type = static_cast<Scalar>(a["image_type"].cast<int>());
-  const auto strides = a["image_strides"].cast<std::array<std::int64_t, 4>>();
-  for (int i = 0; i < 4; ++i) images.stride[i] = strides[i];
-  images.index = at<const std::int64_t>(a["index"].cast<Address>());
-  PatchOutput out;
-  out.data = at<void>(a["out"].cast<Address>());
-  out.type = static_cast<Scalar>(a["out_type"].cast<int>());
-  const auto out_strides = a["out_strides"].cast<std::array<std::int64_t, 3>>();
-  for (int i = 0; i < 3; ++i) out.stride[i] = out_strides[i];
+  const ChannelNumbers numbers = channel_numbers_from(a);
+  const PatchSet set = patch_set_from(a, numbers);
+  const Images images = images_from(a);
+  const PatchOutput out = patch_output_from(a);
   const Stream stream = stream_at(a["workers"].cast<Where>());
   py::gil_scoped_release release;
   if (!extract_patches_forward(set, images, out, stream)) {
@@ -97,19 +65,10 @@ void extract_patches_forward_entry(const py::kwargs& a) {
 }
 
 void extract_patches_backward_entry(const py::kwargs& a) {
-  const auto scale = a["scale"].cast<std::vector<double>>();
-  const PatchSet set = patch_set_from(a, scale, {});
-  PatchGradient grad;
-  grad.data = at<const void>(a["grad"].cast<Address>());
-  grad.type = static_cast<Scalar>(a["grad_type"].cast<int>());
-  const auto strides = a["grad_strides"].cast<std::array<std::int64_t, 5>>();
-  for (int i = 0; i < 5; ++i) grad.stride[i] = strides[i];
-  ImageGradient images;
-  images.data = at<void>(a["grad_images"].cast<Address>());
-  images.type = static_cast<Scalar>(a["image_type"].cast<int>());
-  images.count = a["images"].cast<std::int64_t>();
-  images.order = at<const std::int64_t>(a["order"].cast<Address>());
-  images.starts = at<const std::int64_t>(a["starts"].cast<Address>());
+  const ChannelNumbers numbers = channel_numbers_from(a);
+  const PatchSet set = patch_set_from(a, numbers);
+  const PatchGradient grad = patch_gradient_from(a);
+  const ImageGradient images = image_gradient_from(a);
   const Stream stream = stream_at(a["workers"].cast<Where>());
   py::gil_scoped_release release;
   if (!extract_patches_backward(set, grad, images, stream)) {
@@ -119,19 +78,7 @@ void extract_patches_backward_entry(const py::kwargs& a) {
 
 // -1: without a least distance every patch finds a place.
 std::int64_t sample_coords_entry(const py::kwargs& a) {
-  CropDraws draws;
-  draws.seed = a["seed"].cast<std::uint64_t>();
-  draws.step = a["step"].cast<std::uint64_t>();
-  draws.key = at<const std::int64_t>(a["key"].cast<Address>());
-  draws.sample_ids = at<const std::int64_t>(a["sample_ids"].cast<Address>());
-  draws.batch = a["batch"].cast<std::int64_t>();
-  draws.num_patches = a["num_patches"].cast<std::int64_t>();
-  draws.first_patch = a["first_patch"].cast<std::uint32_t>();
-  draws.rule = crop_rule_from(a);
-  draws.hflip_threshold = a["hflip_threshold"].cast<std::uint64_t>();
-  draws.vflip_threshold = a["vflip_threshold"].cast<std::uint64_t>();
-  draws.coords = at<Box>(a["coords"].cast<Address>());
-  draws.flips = at<std::uint8_t>(a["flips"].cast<Address>());
+  const CropDraws draws = crop_draws_from(a);
   const Stream stream = stream_at(a["workers"].cast<Where>());
   py::gil_scoped_release release;
   sample_coords(draws, stream);

@@ -155,19 +155,13 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 __global__ void __launch_bounds__(THREADS) draw_boxes(const CropDraws draws) {
-  const uint64_t seed = draws.key ? (uint64_t)draws.key[0] : draws.seed;
-  const uint64_t step = draws.key ? (uint64_t)draws.key[1] : draws.step;
+  const DrawKey key = key_of(draws);
   const int64_t count = draws.batch * draws.num_patches;
   for (int64_t patch = (int64_t)blockIdx.x * THREADS + threadIdx.x; patch < count;
        patch += (int64_t)gridDim.x * THREADS) {
     const int64_t image = patch / draws.num_patches;
-    const uint32_t k = (uint32_t)(patch - image * draws.num_patches);
-    const uint64_t id = draws.sample_ids ? (uint64_t)draws.sample_ids[image] : (uint64_t)image;
-    const uint32_t counter_k = draws.first_patch + k;
-    const PhiloxBlock words = crop_words(seed, step, 0, id, counter_k);
-    draws.coords[patch] = draw_box(draws.rule, seed, step, id, counter_k, k, 0);
-    draws.flips[patch] = (uint8_t)((words.word[2] < draws.hflip_threshold ? FLIP_HORIZONTAL : 0) |
-                                   (words.word[3] < draws.vflip_threshold ? FLIP_VERTICAL : 0));
+    const int64_t k = patch - image * draws.num_patches;
+    draws.coords[patch] = draw_patch(draws, key, image, k, draws.flips + patch);
   }
 }
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-INTERPOLATIONS = ("none", "nearest", "bilinear")  # as csrc/cpu/extract_patches.h numbers them
+INTERPOLATIONS = ("none", "nearest", "bilinear")  # as csrc/common/patches.h numbers them
 PADDING_MODES = ("error", "constant", "reflect", "edge")  # as csrc/common/resize.h does
 FAR = 1 << 30  # padding without a limit of its own
 RATIOS = 1024

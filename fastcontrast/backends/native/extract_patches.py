@@ -101,8 +101,6 @@ def extract_patches_forward(
     workers = devices.workers(images, _threads(out.numel()))
     kernels.extract_patches_forward(
         **_patch_set(images.shape, coords, flips, out.shape, pixels, workers),
-        offset=pixels.offset,
-        fill=pixels.fill,
         images=images.data_ptr(),
         image_type=SCALARS[images.dtype],
         image_strides=images.stride(),
@@ -164,6 +162,8 @@ def _patch_set(
         "height": patch_shape[3],
         "width": patch_shape[4],
         "scale": pixels.scale,
+        "offset": pixels.offset,
+        "fill": pixels.fill,
         "interpolation": INTERPOLATIONS.index(pixels.interpolation),
         "antialias": pixels.antialias,
         "padding": PADDING_MODES.index(pixels.padding_mode),
