@@ -56,6 +56,7 @@ inline CropDraws crop_draws_from(const pybind11::kwargs& a) {
   draws.vflip_threshold = a["vflip_threshold"].cast<std::uint64_t>();
   draws.coords = at<Box>(a["coords"].cast<Address>());
   draws.flips = at<std::uint8_t>(a["flips"].cast<Address>());
+  draws.lost = at<std::int64_t>(a["lost"].cast<Address>());
   return draws;
 }
 
@@ -89,7 +90,7 @@ inline PatchSet patch_set_from(const pybind11::kwargs& a, const ChannelNumbers& 
   set.fill_count = static_cast<std::int64_t>(numbers.fill.size());
   set.interpolation = static_cast<Interpolation>(a["interpolation"].cast<int>());
   set.antialias = a["antialias"].cast<bool>();
-  set.padding = static_cast<Padding>(a["padding"].cast<int>());
+  set.padding = static_cast<Padding>(a["padding_mode"].cast<int>());
   set.threads = 1;
   return set;
 }

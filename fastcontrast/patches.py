@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from fastcontrast import backends
 from fastcontrast.backends.patch_sets import Pixels
-from fastcontrast.ops.extract_patches import cut, draw
+from fastcontrast.ops.extract_patches import cut, draw_and_cut
 from fastcontrast.patch_arguments import (
     affine_map,
     check_apart,
@@ -158,14 +158,10 @@ def random_patches(
         target = check_out(out, images, shape, dtype, shown)
     key, seed, step = random_key(seed, step, generator, images.device)
     backend = backends.resolve("extract_patches", images, backend)
-    coords, flips = draw(
-        sample_ids, key, seed, step, first_patch, batch, num_patches, image_size, size, thresholds,
-        *options, images.device, backend,
+    data, coords, flips = draw_and_cut(
+        images, index, sample_ids, key, seed, step, first_patch, num_patches, size, thresholds,
+        options, pixels, dtype, shown.channels_last, backend, target,
     )  # fmt: skip
-    used = flips if thresholds != [0, 0] else None
-    data = cut(
-        images, coords, used, index, size, pixels, dtype, shown.channels_last, backend, target
-    )
     return Patches(shown.show(data) if out is None else out, coords, flips)
 
 

@@ -34,6 +34,8 @@ namespace fastcontrast {
 
 constexpr int FLIP_HORIZONTAL = 1;
 constexpr int FLIP_VERTICAL = 2;
+// Beside them, from a device that nobody waits for: the box found no place and lies too close.
+constexpr int NO_PLACE = 128;
 
 // Half-open box in source pixels, as one row of `coords` holds it.
 struct Box {

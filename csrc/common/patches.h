@@ -26,6 +26,7 @@ struct CropDraws {
   uint64_t vflip_threshold;
   Box* coords;     // [batch, K]
   uint8_t* flips;  // [batch, K]
+  int64_t* lost;   // of a CUDA call, memory of the host: image << 24 | k of a patch without a place
 };
 
 struct DrawKey {

@@ -63,26 +63,20 @@ struct Axis {
 
 template <typename T>
 void build_axis(Axis<T>& axis, const PatchSet& set, int64_t in, int64_t out, bool flipped) {
-  const int64_t radius = tap_radius(in, out, set.antialias);
-  const bool single = set.interpolation != Interpolation::bilinear || in == out;
+  const Resize resize =
+      resize_of(in, out, set.interpolation == Interpolation::bilinear, set.antialias);
   axis.out = out;
-  axis.taps = single ? 1 : 2 * radius / out + 1;
+  axis.taps = resize.single ? 1 : 2 * resize.radius / out + 1;
   for (int64_t i = 0; i < out; ++i) {
     const int64_t pixel = flipped ? out - 1 - i : i;
-    const Taps taps = single ? nearest_tap(pixel, in, out) : bilinear_taps(pixel, in, out, radius);
-    int64_t total = 0;
-    for (int64_t t = 0; t < taps.count; ++t) {
-      total += bilinear_numerator(pixel, taps.first + t, in, out, radius);
-    }
-    const double unit = 1.0 / (double)total;
+    const Taps taps = taps_of(resize, pixel);
+    const double unit = 1.0 / (double)numerators_of(resize, pixel);
     for (int64_t t = 0; t < axis.taps; ++t) {
       const bool used = t < taps.count;
       const int64_t j = taps.first + (used ? t : 0);
       axis.source[t * out + i] = (int32_t)j;
       axis.weight[t * out + i] =
-          single ? (T)1
-          : used ? (T)((double)bilinear_numerator(pixel, j, in, out, radius) * unit)
-                 : (T)0;
+          used ? (T)((double)numerators_within(resize, pixel, Taps{j, 1}) * unit) : (T)0;
     }
   }
 }

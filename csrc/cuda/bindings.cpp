@@ -69,20 +69,32 @@ void extract_patches_backward_entry(const py::kwargs& a) {
   const PatchSet set = patch_set_from(a, numbers);
   const PatchGradient grad = patch_gradient_from(a);
   const ImageGradient images = image_gradient_from(a);
+  void* const units = at<void>(a["units"].cast<Address>());
   const Stream stream = stream_at(a["workers"].cast<Where>());
   py::gil_scoped_release release;
-  if (!extract_patches_backward(set, grad, images, stream)) {
+  if (!extract_patches_backward(set, grad, images, units, stream)) {
     throw std::invalid_argument("no CUDA kernel for these dtypes of gradient and images");
   }
 }
 
-// -1: without a least distance every patch finds a place.
-std::int64_t sample_coords_entry(const py::kwargs& a) {
+void random_patches_forward_entry(const py::kwargs& a) {
+  const CropDraws draws = crop_draws_from(a);
+  const ChannelNumbers numbers = channel_numbers_from(a);
+  const PatchSet set = patch_set_from(a, numbers);
+  const Images images = images_from(a);
+  const PatchOutput out = patch_output_from(a);
+  const Stream stream = stream_at(a["workers"].cast<Where>());
+  py::gil_scoped_release release;
+  if (!random_patches_forward(draws, set, images, out, stream)) {
+    throw std::invalid_argument("no CUDA kernel for these dtypes of images and output");
+  }
+}
+
+void sample_coords_entry(const py::kwargs& a) {
   const CropDraws draws = crop_draws_from(a);
   const Stream stream = stream_at(a["workers"].cast<Where>());
   py::gil_scoped_release release;
   sample_coords(draws, stream);
-  return -1;
 }
 
 }  // namespace
@@ -90,6 +102,7 @@ std::int64_t sample_coords_entry(const py::kwargs& a) {
 void bind(py::module_& m) {
   m.def("extract_patches_forward", &extract_patches_forward_entry);
   m.def("extract_patches_backward", &extract_patches_backward_entry);
+  m.def("random_patches_forward", &random_patches_forward_entry);
   m.def("sample_coords", &sample_coords_entry);
   m.def("triplet_distances_forward", &triplet_distances_forward_entry);
   m.def("triplet_distances_backward", &triplet_distances_backward_entry);

@@ -1,9 +1,15 @@
-// The affine map of every channel, by value, and 32-bit division by a number known at launch: what
-// the patch kernels need to allocate nothing and to find their pixel. Included by .cu files only.
+// The affine map of every channel, by value, sizes and 32-bit division by a number known at launch:
+// what the patch kernels need to allocate nothing and to find their pixel. Included by .cu files
+// only.
 #pragma once
 
+#include <stdint.h>
+
+#include <stdexcept>
+#include <string>
+
 #include "common/macros.h"
-#include "cuda/extract_patches.h"
+#include "common/patches.h"
 
 namespace fastcontrast {
 namespace cuda {
@@ -32,8 +38,19 @@ ChannelMaps<T> maps_of_group(const PatchSet& set, int64_t first, int64_t channel
 }
 
 inline int64_t group_size(const PatchSet& set) {
-  const bool own = set.scale_count > 1 || set.offset_count > 1;
+  const bool own = set.scale_count > 1 || set.offset_count > 1 || set.fill_count > 1;
   return own && set.channels > GROUP ? GROUP : set.channels;
+}
+
+// Indices within a patch or a plane are 32-bit numbers below 2^31.
+inline uint32_t checked_size(const char* what, int64_t a, int64_t b, int64_t c) {
+  constexpr int64_t limit = 0x7FFFFFFF;
+  if (a * b > limit || a * b * c > limit) {
+    throw std::invalid_argument(std::string(what) + " of " + std::to_string(a) + "x" +
+                                std::to_string(b) + "x" + std::to_string(c) +
+                                " elements is larger than the CUDA kernels' limit of 2^31");
+  }
+  return (uint32_t)(a * b * c);
 }
 
 // Quotients of n < 2^31 by multiplication, after Granlund and Montgomery, "Division by invariant

@@ -8,11 +8,20 @@
 namespace fastcontrast {
 namespace cuda {
 
-// Without a least distance or a largest overlap.
+// An unconstrained draw takes one launch, one under constraints too. A patch without a place keeps
+// the box of its last attempt, NO_PLACE is among its flips, and `lost` names it.
 void sample_coords(const CropDraws&, Stream);
-// Both return false for a pair of element types without a kernel.
+
+// These return false for a pair of element types without a kernel.
 bool extract_patches_forward(const PatchSet&, const Images&, const PatchOutput&, Stream);
-bool extract_patches_backward(const PatchSet&, const PatchGradient&, const ImageGradient&, Stream);
+// Draws and cuts, in one launch for up to 64 channels, and one before under constraints. The coords
+// and flips of the set are those that the draws write.
+bool random_patches_forward(const CropDraws&, const PatchSet&, const Images&, const PatchOutput&,
+                            Stream);
+// `units` has batch·K·(height + width) numbers of the type of arithmetic, for boxes that are
+// resized: memory that the call needs.
+bool extract_patches_backward(const PatchSet&, const PatchGradient&, const ImageGradient&,
+                              void* units, Stream);
 
 }  // namespace cuda
 }  // namespace fastcontrast

@@ -79,7 +79,7 @@ struct Pack {
   T item[V];
 };
 
-inline bool is_aligned(const void* address, int64_t bytes) {
+FC_INLINE bool is_aligned(const void* address, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(address) % bytes == 0;
 }
 

@@ -77,6 +77,11 @@ def available_backends(
     return tuple(name for name in BACKENDS if why_not(name, op, probe) is None)
 
 
+def has(backend: str, function: str) -> bool:
+    """Whether ``backend`` has an entry that not every backend needs to have."""
+    return hasattr(BACKENDS[backend], function)
+
+
 def run(backend: str, function: str, tensor: Tensor, *args: Any) -> Any:
     """Call a kernel entry of ``backend`` with autocast off: kernels choose their own dtypes."""
     entry = getattr(BACKENDS[backend], function)

@@ -1,10 +1,10 @@
 """The op `extract_patches`: draw boxes, cut them out of images, return gradients to the images.
 
-``fastcontrast/patches.py`` checks what users pass and calls :func:`draw` and :func:`cut` here; the
-work is in ``fastcontrast/backends/<backend>/``. Arguments that all of this file shares: ``index``,
-the image [B] of each row of ``coords``, or None for its own number; ``size`` (h, w) of a patch;
-the fields of ``fastcontrast.backends.patch_sets.Pixels``; ``dtype`` of the result; ``backend``,
-already resolved.
+``fastcontrast/patches.py`` checks what users pass and calls :func:`draw`, :func:`cut` and
+:func:`draw_and_cut` here; the work is in ``fastcontrast/backends/<backend>/``. Arguments that all
+of this file shares: ``index``, the image [B] of each row of ``coords``, or None for its own number;
+``size`` (h, w) of a patch; the fields of ``fastcontrast.backends.patch_sets.Pixels``; ``dtype`` of
+the result; ``backend``, already resolved.
 
 Under ``torch.compile`` calls are custom operators, which the compiler keeps whole. Eager calls go
 through an ``autograd.Function``, because an operator costs more than a small batch of patches.
@@ -16,7 +16,7 @@ second op, whose gradient is the first without them, and derivatives of any orde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,16 +84,73 @@ def cut(
     return out
 
 
+def draw_and_cut(
+    images: Tensor,
+    index: Tensor | None,
+    sample_ids: Tensor | None,
+    key: Tensor | None,
+    seed: int,
+    step: int,
+    first_patch: int,
+    num_patches: int,
+    size: Sequence[int],
+    thresholds: Sequence[int],
+    options: Sequence[Any],
+    pixels: Pixels,
+    dtype: torch.dtype,
+    channels_last: bool,
+    backend: str,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches, boxes and flips: :func:`draw` and :func:`cut`, in one step where a backend has it.
+
+    ``options`` are the arguments of :func:`draw` from ``padding`` to ``max_iou``.
+    """
+    batch = images.shape[0] if index is None else index.shape[0]
+    image_size = (images.shape[2], images.shape[3])
+    arguments = (
+        sample_ids, key, seed, step, first_patch, batch, num_patches, image_size, size, thresholds,
+        *options, images.device,
+    )  # fmt: skip
+    at_once = backends.has(backend, "random_patches_forward")
+    if torch.compiler.is_compiling() or not at_once:
+        coords, flips = draw(*arguments, backend)
+    else:
+        coords, flips = _empty_coords(batch, num_patches, images.device)
+    used = flips if any(thresholds) else None
+    if torch.compiler.is_compiling() or not at_once:
+        data = cut(images, coords, used, index, size, pixels, dtype, channels_last, backend, out)
+        return data, coords, flips
+    drawn = _Drawn(flips, *_checked_draws(*arguments))
+    if out is not None:
+        _extract_into(out, images, coords, used, index, *pixels, backend, drawn)
+        return out, coords, flips
+    data = _ExtractPatches.apply(
+        images, coords, used, index, size, *pixels, dtype, channels_last, backend, drawn
+    )
+    return data, coords, flips
+
+
 def check_step(step: int) -> None:
     """Raise unless the counter has room for ``step``."""
     if not 0 <= step < 1 << STEP_BITS:
         raise ValueError(f"step must be at least 0 and below 2^{STEP_BITS}, got {step}")
 
 
-def _sample(
+class _Drawn(NamedTuple):
+    """What fills the coordinates of a call that draws its boxes itself."""
+
+    flips: Tensor
+    sample_ids: Tensor | None
+    key: Tensor | None
+    draws: Draws
+
+
+def _checked_draws(
     sample_ids, key, seed, step, first_patch, batch, num_patches, image_size, size, thresholds,
-    padding, grid, scale, ratio, min_distance, max_iou, device, backend,
+    padding, grid, scale, ratio, min_distance, max_iou, device,
 ):  # fmt: skip
+    """Sample ids, key and draws as backends take them."""
     if key is not None and key.device.type == "cpu":
         seed, step = key.tolist()
         key = None
@@ -110,30 +167,52 @@ def _sample(
         least, most = (int(share * 2**30) for share in scale)
         area = (max(least, 1), most - max(least, 1) + 1)
         factors, limits = ratio_table(*ratio, device)
-    draws = Draws(
+    return sample_ids, key, Draws(
         seed, step, first_patch, image_size, size, thresholds, padding, grid, area, factors, limits,
         min_distance, max_iou,
     )  # fmt: skip
-    coords = torch.empty(batch, num_patches, 4, dtype=torch.int32, device=device)
-    flips = torch.empty(batch, num_patches, dtype=torch.uint8, device=device)
+
+
+def _sample(
+    sample_ids, key, seed, step, first_patch, batch, num_patches, image_size, size, thresholds,
+    padding, grid, scale, ratio, min_distance, max_iou, device, backend,
+):  # fmt: skip
+    sample_ids, key, draws = _checked_draws(
+        sample_ids, key, seed, step, first_patch, batch, num_patches, image_size, size, thresholds,
+        padding, grid, scale, ratio, min_distance, max_iou, device,
+    )  # fmt: skip
+    coords, flips = _empty_coords(batch, num_patches, device)
     lost = backends.run(backend, "sample_coords", coords, flips, sample_ids, key, draws)
-    if lost >= 0:
-        image, patch = divmod(lost, num_patches)
-        wanted = [f"centres at least {min_distance**0.5 / 2:g} pixels apart (min_distance)"]
-        wanted = wanted if min_distance else []
-        wanted += [f"an IoU of at most {max_iou / 2**29:g} (max_iou)"] if max_iou >= 0 else []
-        raise ValueError(
-            f"patch {patch} of image {image} found no place in {ATTEMPTS} attempts: "
-            f"{num_patches} patches of {size[0]}x{size[1]} pixels in an image of "
-            f"{image_size[0]}x{image_size[1]} with {' and '.join(wanted)}; "
-            "ask for fewer patches, or let them be closer"
-        )
+    _check_placed(lost, num_patches, draws)
     return coords, flips
+
+
+def _empty_coords(batch, num_patches, device):
+    return (
+        torch.empty(batch, num_patches, 4, dtype=torch.int32, device=device),
+        torch.empty(batch, num_patches, dtype=torch.uint8, device=device),
+    )
+
+
+def _check_placed(lost, num_patches, draws):
+    if lost < 0:
+        return
+    image, patch = divmod(lost, num_patches)
+    wanted = [f"centres at least {draws.min_distance**0.5 / 2:g} pixels apart (min_distance)"]
+    wanted = wanted if draws.min_distance else []
+    overlap = f"an IoU of at most {draws.max_iou / 2**29:g} (max_iou)"
+    wanted += [overlap] if draws.max_iou >= 0 else []
+    raise ValueError(
+        f"patch {patch} of image {image} found no place in {ATTEMPTS} attempts: "
+        f"{num_patches} patches of {draws.size[0]}x{draws.size[1]} pixels in an image of "
+        f"{draws.image_size[0]}x{draws.image_size[1]} with {' and '.join(wanted)}; "
+        "ask for fewer patches, or let them be closer"
+    )
 
 
 def _extract_into(
     out, images, coords, flips, index, scale, offset, interpolation, antialias, padding_mode, fill,
-    backend,
+    backend, drawn=None,
 ):  # fmt: skip
     """The kernel call of every forward path, with the checks that keep it inside the images."""
     pixels = Pixels(scale, offset, interpolation, antialias, padding_mode, fill)
@@ -145,6 +224,11 @@ def _extract_into(
                 f"index must be at least 0 and below the number of images, {images.shape[0]}, "
                 f"got values from {low} to {high}"
             )
+    if drawn is not None:
+        lost = backends.run(
+            backend, "random_patches_forward", images, coords, *drawn, index, pixels, out
+        )
+        return _check_placed(lost, coords.shape[1], drawn.draws)
     if coords.device.type == "cpu":
         invalid = backends.run(backend, "first_invalid_box", coords, image_size, size, pixels)
         if invalid >= 0:
@@ -168,12 +252,12 @@ def _invalid_box(coords, invalid, image_size, size, pixels):
 
 def _extract(
     images, coords, flips, index, size, scale, offset, interpolation, antialias, padding_mode, fill,
-    dtype, channels_last, backend,
+    dtype, channels_last, backend, drawn=None,
 ):  # fmt: skip
     out = _empty_patches(images, coords, size, dtype, channels_last)
     _extract_into(
         out, images, coords, flips, index, scale, offset, interpolation, antialias, padding_mode,
-        fill, backend,
+        fill, backend, drawn,
     )  # fmt: skip
     return out
 
@@ -207,10 +291,11 @@ def _empty_images(grad, image_shape, dtype):
 
 
 def _forward_context(ctx, inputs, output):
-    images, coords, flips, index, _, scale, _, *how, _, _, _, backend = inputs
+    images, coords, flips, index, _, scale, _, *how, _, _, _, backend = inputs[:14]
     ctx.save_for_backward(coords, flips, index)
     image_shape = (images.shape[0], *images.shape[2:])
     ctx.options = (image_shape, scale, *how, images.dtype, backend)
+    ctx.arguments = len(inputs)
 
 
 def _backward_context(ctx, inputs, output):
@@ -235,7 +320,7 @@ class _ExtractPatches(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, grads[0], _ExtractPatchesBackward.apply, 14)
+        return _differentiate(ctx, grads[0], _ExtractPatchesBackward.apply, ctx.arguments)
 
 
 class _ExtractPatchesBackward(torch.autograd.Function):
@@ -308,10 +393,7 @@ def _(out, images, coords, flips, index, scale, offset, interpolation, antialias
 @_sample_coords_op.register_fake
 def _(sample_ids, key, seed, step, first_patch, batch, num_patches, image_size, size, thresholds,
       padding, grid, scale, ratio, min_distance, max_iou, device, backend):  # fmt: skip
-    return (
-        torch.empty(batch, num_patches, 4, dtype=torch.int32, device=device),
-        torch.empty(batch, num_patches, dtype=torch.uint8, device=device),
-    )
+    return _empty_coords(batch, num_patches, device)
 
 
 _extract_patches_op.register_autograd(

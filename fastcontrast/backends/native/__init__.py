@@ -75,6 +75,7 @@ if _C is not None:
         extract_patches_backward,
         extract_patches_forward,
         first_invalid_box,
+        random_patches_forward,
         sample_coords,
     )
     from fastcontrast.backends.native.nearest import nearest_columns  # noqa: F401
