@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fastcontrast.backends import native
+
+DRAWS = ("sample_coords", "random_patches_forward")
 ON_CPU = ("first_invalid_box",)  # looks at coordinates that are on the CPU, and returns a number
 
 
@@ -59,6 +62,10 @@ class Carried(ModuleType):
             copies = Copies(self._device)
             result = entry(*tree_map_only(Tensor, copies.of, args))
             copies.write_back()
+            if name in DRAWS and result < 0:  # ask again what a GPU may say too late
+                _, coords = args[:2] if name == "random_patches_forward" else (None, args[0])
+                word = native.extract_patches._word(copies.of(coords).device)
+                result = native.extract_patches._taken(word, coords.shape[1])
             return tree_map_only(Tensor, Tensor.cpu, result)
 
         return carried

@@ -153,6 +153,8 @@ def test_every_entry_exists_in_every_backend() -> None:
         for name, module in backends.BACKENDS.items():
             if backends.why_not(name, op, torch.empty(0)) is None:
                 assert all(callable(getattr(module, f)) for f in functions), (name, op)
+    # One that a backend may have: it draws and cuts at once.
+    assert backends.has("native", "random_patches_forward")
 
 
 def test_the_tests_cover_every_backend() -> None:

@@ -99,12 +99,90 @@ def patch_results() -> list[Tensor]:
                                     std=0.5, seed=3, backend="native")  # fmt: skip
         (grad,) = torch.autograd.grad(patches.data.square().sum(), images)
         results += [patches.data.detach(), patches.coords, patches.flips, grad]
+        patches = fc.random_patches(images, 3, (5, 4), scale=(0.1, 0.4), max_iou=0.6, padding=2,
+                                    padding_mode="edge", seed=3, backend="native")  # fmt: skip
+        (grad,) = torch.autograd.grad(patches.data.square().sum(), images)
+        results += [patches.data.detach(), patches.coords, grad]
     return results
+
+
+# Options of random_patches, and launches forward and backward.
+CALLS = {
+    "boxes": ({}, 1, 1),
+    "random sizes": (dict(scale=(0.2, 0.9)), 1, 2),
+    "padding": (dict(padding=2, padding_mode="reflect"), 1, 2),
+    "a grid": (dict(grid=(2, 2)), 1, 1),
+    "apart": (dict(max_iou=0.3), 2, 1),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_patches_are_drawn_and_cut_in_two_launches_at_most(call: str) -> None:
+    """And are those of the CPU."""
+    options, forward, backward = CALLS[call]
+    images = torch.randn(3, 2, 30, 33, requires_grad=True)
+    options = dict(
+        num_patches=4, size=8, hflip=0.5, vflip=0.25, mean=[0.1, 0.2], std=0.5, seed=5, **options
+    )
+    truth = fc.random_patches(images, **options, backend="native")
+    (exact,) = torch.autograd.grad(truth.data.square().sum(), images)
+    with cuda_emulation.active():
+        cuda_emulation.module().launches()
+        found = fc.random_patches(images, **options, backend="native")
+        assert cuda_emulation.module().launches() == forward
+        (grad,) = torch.autograd.grad(found.data.square().sum(), images)
+        assert cuda_emulation.module().launches() == backward
+    assert torch.equal(found.coords, truth.coords)
+    assert torch.equal(found.flips, truth.flips)
+    # A few roundings of values up to 10 in float32, and their sums.
+    torch.testing.assert_close(found.data, truth.data, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-4)
+
+
+def test_a_million_draws_are_those_of_the_cpu() -> None:
+    """Integers decide; in the kernels that cut, for fewer, where a block draws each."""
+    ids = torch.arange(8000) * 137438953
+    how = dict(scale=(0.05, 1.0), hflip=0.5, vflip=0.25, seed=2**64 - 7, step=2**47 + 5)
+    truth = fc.sample_coords(8000, 125, (480, 641), 32, sample_ids=ids, backend="native", **how)
+    with cuda_emulation.active():
+        found = fc.sample_coords(8000, 125, (480, 641), 32, sample_ids=ids, backend="native", **how)
+    assert torch.equal(found[0], truth[0])
+    assert torch.equal(found[1], truth[1])
+    image, first = torch.zeros(1, 1, 480, 641, dtype=torch.uint8), torch.zeros(400).long()
+    for scale in (None, how["scale"]):
+        options = how | {"scale": scale, "interpolation": "nearest", "index": first}
+        cut = [truth_or_found(image, ids[:400], options, emulated) for emulated in (False, True)]
+        assert torch.equal(cut[0].coords, cut[1].coords)
+        assert torch.equal(cut[0].flips, cut[1].flips)
+
+
+def truth_or_found(image: Tensor, ids: Tensor, options: dict, emulated: bool) -> fc.Patches:
+    with cuda_emulation.active() if emulated else nullcontext():
+        return fc.random_patches(image, 9, 1, sample_ids=ids, **options, backend="native")
+
+
+def test_a_patch_without_a_place_is_reported_by_the_next_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a GPU has not finished by the time that its call returns."""
+    how = dict(image_size=(40, 48), size=20, max_iou=0, seed=0, backend="native")
+    monkeypatch.setattr(native.extract_patches, "_taken", lambda word, num_patches: -1)
+    with cuda_emulation.active():
+        coords, flips = fc.sample_coords(4, 9, **how)
+        message = r"patch \d of image \d of an earlier call on cpu found no place"
+        with pytest.raises(ValueError, match=message):
+            fc.sample_coords(4, 1, **how)
+        fc.sample_coords(4, 1, **how)  # once is enough
+    lost = flips >= native.extract_patches.NO_PLACE
+    iou = fc.Patches(torch.empty(0), coords, flips).overlap().tril(-1)
+    assert torch.equal(iou.amax(-1) > 0, lost)
+    assert bool(lost.any(1).all())
 
 
 def test_the_step_is_read_from_memory() -> None:
     """A captured graph reads it when it is replayed, so that new boxes are drawn."""
     truth = fc.sample_coords(2, 3, (30, 31), 7, hflip=0.5, seed=-5, step=2**40 + 3)
+    later = fc.sample_coords(2, 3, (30, 31), 7, hflip=0.5, seed=-5, step=2**40 + 4)
     draws = Draws(
         seed=0, step=0, first_patch=0, image_size=(30, 31), size=(7, 7), thresholds=(2**31, 0),
         padding=(0, 0), grid=(1, 1), area=(0, 0), factors=None, limits=(0, 0, 0), min_distance=0,
@@ -114,10 +192,18 @@ def test_the_step_is_read_from_memory() -> None:
         coords = torch.zeros(2, 3, 4, dtype=torch.int32)
         flips = torch.zeros(2, 3, dtype=torch.uint8)
         key = torch.tensor([-5, 2**40 + 3])
+        images, pixels = torch.zeros(2, 1, 30, 31), Pixels([], [], "none", False, "error", [])
         with patched:
             native.sample_coords(coords, flips, None, key, draws)
-        assert torch.equal(coords, truth[0])
-        assert torch.equal(flips, truth[1])
+            assert torch.equal(coords, truth[0])
+            assert torch.equal(flips, truth[1])
+            key.copy_(torch.tensor([-5, 2**40 + 4]))
+            out = torch.empty(2, 3, 1, 7, 7)
+            native.random_patches_forward(
+                images, coords, flips, None, key, draws, None, pixels, out
+            )
+        assert torch.equal(coords, later[0])
+        assert torch.equal(flips, later[1])
 
 
 def test_patches_in_any_layout_of_the_output() -> None:

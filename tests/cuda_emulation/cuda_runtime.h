@@ -91,6 +91,7 @@ struct Machine {
   void (*call)(const void*) = nullptr;
   std::exception_ptr error;
   uint32_t random = 1;
+  unsigned launches = 0;  // since it was asked
   std::mutex busy;
 };
 
@@ -220,6 +221,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const 
   if (grid.x == 0 || grid.y - 1 >= 65535 || grid.z - 1 >= 65535) {
     throw std::logic_error(shape + "no such grid");
   }
+  ++m.launches;
   m.grid = grid;
   m.block = block;
   m.count = count;

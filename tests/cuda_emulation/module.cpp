@@ -11,6 +11,11 @@ PYBIND11_MODULE(_cuda_emulation, m) {
   m.def("set_order", [](int order) {
     cuda_emulation::machine().order = static_cast<cuda_emulation::Order>(order);
   });
+  m.def("launches", [] {  // since the last call
+    const unsigned count = cuda_emulation::machine().launches;
+    cuda_emulation::machine().launches = 0;
+    return count;
+  });
   m.def("quotient", [](uint32_t n, uint32_t d) {
     return fastcontrast::cuda::quotient(n, fastcontrast::cuda::divisor(d));
   });
