@@ -91,7 +91,8 @@ def sample_coords(
         min_distance: Least distance between the centres of two boxes of one image, in pixels.
         max_iou: Largest intersection over union of two boxes of one image, in [0, 1]; 0 keeps them
             apart. A box that breaks either rule against an earlier one is drawn again, up to 128
-            times, then it is an error; on a GPU this waits for the device.
+            times, then it is an error. Nobody waits for a GPU: there the box is left as it is,
+            128 is added to its flips, and the error may come from the next such call.
         grid: Cells (rows, columns), or one number for both: patch k lies in cell k, row by row, so
             K is at most their number; ``scale`` is then the share of the cell.
         seed: 64-bit seed, -2**63 <= seed < 2**64, taken modulo 2**64; or an int64 tensor without
@@ -108,7 +109,7 @@ def sample_coords(
 
     Returns:
         Boxes [B, K, 4] int32, (y0, x0, height, width) in pixels, half-open, and flips [B, K] uint8
-        with bit 0 horizontal, bit 1 vertical.
+        with bit 0 horizontal, bit 1 vertical; bit 7 as above.
 
     Raises:
         ValueError: If a value, shape or device is not as above, a patch is larger than the

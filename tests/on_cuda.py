@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fastcontrast.backends import native
-
 DRAWS = ("sample_coords", "random_patches_forward")
 ON_CPU = ("first_invalid_box",)  # looks at coordinates that are on the CPU, and returns a number
 
@@ -63,9 +61,11 @@ class Carried(ModuleType):
             result = entry(*tree_map_only(Tensor, copies.of, args))
             copies.write_back()
             if name in DRAWS and result < 0:  # ask again what a GPU may say too late
-                _, coords = args[:2] if name == "random_patches_forward" else (None, args[0])
-                word = native.extract_patches._word(copies.of(coords).device)
-                result = native.extract_patches._taken(word, coords.shape[1])
+                from fastcontrast.backends.native import extract_patches as patch_kernels
+
+                coords = args[name == "random_patches_forward"]
+                word = patch_kernels._word(copies.of(coords).device)
+                result = patch_kernels._taken(word, coords.shape[1])
             return tree_map_only(Tensor, Tensor.cpu, result)
 
         return carried

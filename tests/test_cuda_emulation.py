@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import cuda_emulation
 import on_cuda
@@ -107,7 +108,7 @@ def patch_results() -> list[Tensor]:
 
 
 # Options of random_patches, and launches forward and backward.
-CALLS = {
+CALLS: dict[str, tuple[dict[str, Any], int, int]] = {
     "boxes": ({}, 1, 1),
     "random sizes": (dict(scale=(0.2, 0.9)), 1, 2),
     "padding": (dict(padding=2, padding_mode="reflect"), 1, 2),
@@ -119,11 +120,12 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 def test_patches_are_drawn_and_cut_in_two_launches_at_most(call: str) -> None:
     """And are those of the CPU."""
-    options, forward, backward = CALLS[call]
+    wish, forward, backward = CALLS[call]
     images = torch.randn(3, 2, 30, 33, requires_grad=True)
-    options = dict(
-        num_patches=4, size=8, hflip=0.5, vflip=0.25, mean=[0.1, 0.2], std=0.5, seed=5, **options
+    options: dict[str, Any] = dict(
+        num_patches=4, size=8, hflip=0.5, vflip=0.25, mean=[0.1, 0.2], std=0.5, seed=5
     )
+    options |= wish
     truth = fc.random_patches(images, **options, backend="native")
     (exact,) = torch.autograd.grad(truth.data.square().sum(), images)
     with cuda_emulation.active():
@@ -142,7 +144,9 @@ def test_patches_are_drawn_and_cut_in_two_launches_at_most(call: str) -> None:
 def test_a_million_draws_are_those_of_the_cpu() -> None:
     """Integers decide; in the kernels that cut, for fewer, where a block draws each."""
     ids = torch.arange(8000) * 137438953
-    how = dict(scale=(0.05, 1.0), hflip=0.5, vflip=0.25, seed=2**64 - 7, step=2**47 + 5)
+    how: dict[str, Any] = dict(
+        scale=(0.05, 1.0), hflip=0.5, vflip=0.25, seed=2**64 - 7, step=2**47 + 5
+    )
     truth = fc.sample_coords(8000, 125, (480, 641), 32, sample_ids=ids, backend="native", **how)
     with cuda_emulation.active():
         found = fc.sample_coords(8000, 125, (480, 641), 32, sample_ids=ids, backend="native", **how)
@@ -165,15 +169,17 @@ def test_a_patch_without_a_place_is_reported_by_the_next_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where a GPU has not finished by the time that its call returns."""
-    how = dict(image_size=(40, 48), size=20, max_iou=0, seed=0, backend="native")
-    monkeypatch.setattr(native.extract_patches, "_taken", lambda word, num_patches: -1)
+    from fastcontrast.backends.native import extract_patches as patch_kernels
+
+    how: dict[str, Any] = dict(image_size=(40, 48), size=20, max_iou=0, seed=0, backend="native")
+    monkeypatch.setattr(patch_kernels, "_taken", lambda word, num_patches: -1)
     with cuda_emulation.active():
         coords, flips = fc.sample_coords(4, 9, **how)
         message = r"patch \d of image \d of an earlier call on cpu found no place"
         with pytest.raises(ValueError, match=message):
             fc.sample_coords(4, 1, **how)
         fc.sample_coords(4, 1, **how)  # once is enough
-    lost = flips >= native.extract_patches.NO_PLACE
+    lost = flips >= patch_kernels.NO_PLACE
     iou = fc.Patches(torch.empty(0), coords, flips).overlap().tril(-1)
     assert torch.equal(iou.amax(-1) > 0, lost)
     assert bool(lost.any(1).all())

@@ -59,16 +59,45 @@ def test_triplets_on_the_gpu(dtype: torch.dtype) -> None:
         assert float(error) < limit
 
 
-def test_patches_on_the_gpu_are_those_of_the_cpu() -> None:
+PATCHES = {
+    "boxes": {},
+    "random sizes": dict(scale=(0.1, 1.0)),
+    "padding": dict(padding=8, padding_mode="reflect"),
+    "apart": dict(min_distance=12.0),
+}
+
+
+@pytest.mark.parametrize("wish", PATCHES)
+def test_patches_on_the_gpu_are_those_of_the_cpu(wish: str) -> None:
     needs("extract_patches")
     images = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8)
     options = dict(hflip=0.5, vflip=0.5, mean=(0.5, 0.4, 0.3), std=0.25, seed=7, step=3)
+    options |= PATCHES[wish]
     truth = fc.random_patches(images, 8, 32, **options, backend="reference")
     found = fc.random_patches(images.cuda(), 8, 32, **options, backend="native")
     assert torch.equal(found.coords.cpu(), truth.coords)
     assert torch.equal(found.flips.cpu(), truth.flips)
-    # The multiplication and addition may be one instruction.
-    torch.testing.assert_close(found.data.cpu(), truth.data, rtol=1e-6, atol=1e-6)
+    # The multiplication and addition may be one instruction; weights of resized pixels are rounded.
+    torch.testing.assert_close(found.data.cpu(), truth.data, rtol=1e-6, atol=2e-6)
+
+
+def test_a_patch_without_a_place_is_reported_once_the_device_got_there() -> None:
+    needs("extract_patches")
+
+    def draw(num_patches: int) -> Tensor:
+        found = fc.sample_coords(
+            4, num_patches, (40, 48), 20, max_iou=0, seed=0, device="cuda", backend="native"
+        )
+        torch.cuda.synchronize()
+        return found[1]
+
+    def draw_twice() -> None:
+        assert bool((draw(9) >= 128).any())
+        draw(1)
+
+    with pytest.raises(ValueError, match="found no place"):
+        draw_twice()
+    assert bool((draw(1) < 128).all())
 
 
 def test_nothing_waits_for_the_device() -> None:
@@ -77,10 +106,14 @@ def test_nothing_waits_for_the_device() -> None:
     images = torch.rand(4, 3, 32, 32, device="cuda", requires_grad=True)
     module = fc.RandomPatches(4, 8, hflip=0.5, mean=0.5, std=0.5, seed=1, backend="native").cuda()
     inputs = points()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    loss_and_gradients(inputs)
-    module(images).data.sum().backward()
+    step = torch.zeros((), dtype=torch.int64, device="cuda")
+    for mode in ("default", "error"):  # a table of ratios is copied at its first call
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        loss_and_gradients(inputs)
+        module(images).data.sum().backward()
+        for wish in PATCHES.values():
+            fc.random_patches(images, 4, 8, seed=1, step=step, **wish).data.sum().backward()
 
 
 def test_a_replayed_graph_draws_new_patches() -> None:

@@ -95,7 +95,7 @@ def draw_and_cut(
     num_patches: int,
     size: Sequence[int],
     thresholds: Sequence[int],
-    options: Sequence[Any],
+    options: tuple[Any, Any, Any, Any, Any, Any],
     pixels: Pixels,
     dtype: torch.dtype,
     channels_last: bool,
@@ -112,15 +112,16 @@ def draw_and_cut(
         sample_ids, key, seed, step, first_patch, batch, num_patches, image_size, size, thresholds,
         *options, images.device,
     )  # fmt: skip
-    at_once = backends.has(backend, "random_patches_forward")
-    if torch.compiler.is_compiling() or not at_once:
+    flipped = any(thresholds)
+    if torch.compiler.is_compiling() or not backends.has(backend, "random_patches_forward"):
         coords, flips = draw(*arguments, backend)
-    else:
-        coords, flips = _empty_coords(batch, num_patches, images.device)
-    used = flips if any(thresholds) else None
-    if torch.compiler.is_compiling() or not at_once:
-        data = cut(images, coords, used, index, size, pixels, dtype, channels_last, backend, out)
+        data = cut(
+            images, coords, flips if flipped else None, index, size, pixels, dtype, channels_last,
+            backend, out,
+        )  # fmt: skip
         return data, coords, flips
+    coords, flips = _empty_coords(batch, num_patches, images.device)
+    used = flips if flipped else None
     drawn = _Drawn(flips, *_checked_draws(*arguments))
     if out is not None:
         _extract_into(out, images, coords, used, index, *pixels, backend, drawn)
