@@ -49,7 +49,9 @@ FC_INLINE Box draw_again(const CropDraws& draws, DrawKey key, int64_t image, int
                   draws.first_patch + (uint32_t)k, k, attempt);
 }
 
-// The box of the first attempt, and the flips.
+// The box of the first attempt, and the flips. Where no size is drawn, `sized` false leaves out the
+// code that would.
+template <bool sized = true>
 FC_INLINE Box draw_patch(const CropDraws& draws, DrawKey key, int64_t image, int64_t k,
                          uint8_t* flips) {
   const CropRule& rule = draws.rule;
@@ -57,7 +59,9 @@ FC_INLINE Box draw_patch(const CropDraws& draws, DrawKey key, int64_t image, int
                                        draws.first_patch + (uint32_t)k);
   *flips = (uint8_t)((words.word[2] < draws.hflip_threshold ? FLIP_HORIZONTAL : 0) |
                      (words.word[3] < draws.vflip_threshold ? FLIP_VERTICAL : 0));
-  if (rule.row_factors) return draw_again(draws, key, image, k, 0);
+  if constexpr (sized) {
+    if (rule.row_factors) return draw_again(draws, key, image, k, 0);
+  }
   return place(crop_region(rule, k), rule.height, rule.width, words.word[0], words.word[1]);
 }
 
@@ -86,6 +90,11 @@ struct PatchSet {
   Padding padding;
   int threads;  // of a CPU call
 };
+
+// Whether every patch is a box of the image as it is.
+FC_INLINE bool is_plain(const PatchSet& set) {
+  return set.interpolation == Interpolation::none && set.padding == Padding::error;
+}
 
 struct Images {
   const void* data;

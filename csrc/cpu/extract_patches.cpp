@@ -169,8 +169,8 @@ bool resample(const PatchSet& set, const Images& images, const PatchOutput& outp
 
 template <typename In, typename Out>
 bool write(const PatchSet& set, const Images& images, const PatchOutput& output) {
-  const bool boxes = set.interpolation == Interpolation::none && set.padding == Padding::error;
-  return boxes ? cut<false, In, Out>(set, images, output) : resample<In, Out>(set, images, output);
+  return is_plain(set) ? cut<false, In, Out>(set, images, output)
+                       : resample<In, Out>(set, images, output);
 }
 
 template <typename In>
@@ -208,8 +208,7 @@ bool copy_bits(const PatchSet& set, const Images& images, const PatchOutput& out
 }  // namespace
 
 bool extract_patches_forward(const PatchSet& set, const Images& images, const PatchOutput& output) {
-  const bool boxes = set.interpolation == Interpolation::none && set.padding == Padding::error;
-  if (boxes && images.type == output.type && !set.scale && !set.offset) {
+  if (is_plain(set) && images.type == output.type && !set.scale && !set.offset) {
     return copy_bits(set, images, output);
   }
   switch (images.type) {

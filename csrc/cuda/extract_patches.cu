@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(THREADS)
   for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     const int64_t patch = tile / plan.tiles_per_patch;
     const uint32_t begin = (uint32_t)(tile - patch * plan.tiles_per_patch) * TILE_UNITS;
-    const PatchBox found = box_of(plan.boxes, patch, begin == 0, &shared);
+    const PatchBox found = box_of<false>(plan.boxes, patch, begin == 0, &shared);
     const bool up = found.flips & FLIP_VERTICAL, back = found.flips & FLIP_HORIZONTAL;
     const Walk rows = walk(found.box.y0, plan.height, plan.image_stride[2], up);
     const Walk columns = walk(found.box.x0, plan.width, plan.image_stride[3], back);
@@ -81,8 +81,12 @@ __global__ void __launch_bounds__(THREADS)
       Pack<In, V> pixels;
       if (V > 1 && (inner_step == 1 || inner_step == -1)) {
         const Pack<In, V> run = load_run<In, V>(inner_step == 1 ? from : from - (V - 1));
+        if (inner_step == 1) {
+          pixels = run;
+        } else {
 #pragma unroll
-        for (int i = 0; i < V; ++i) pixels.item[i] = run.item[inner_step == 1 ? i : V - 1 - i];
+          for (int i = 0; i < V; ++i) pixels.item[i] = run.item[V - 1 - i];
+        }
       } else {
 #pragma unroll
         for (int i = 0; i < V; ++i) pixels.item[i] = from[i * inner_step];
@@ -247,7 +251,7 @@ bool copy_bits(const BoxSource& boxes, const PatchSet& set, const Images& images
 
 bool extract(const BoxSource& boxes, const PatchSet& set, const Images& images,
              const PatchOutput& out, Stream stream) {
-  if (set.interpolation != Interpolation::none || set.padding != Padding::error) {
+  if (!is_plain(set)) {
     return extract_resized(boxes, set, images, out, stream);
   }
   if (images.type == out.type && !set.scale && !set.offset) {
@@ -289,7 +293,8 @@ bool extract_patches_forward(const PatchSet& set, const Images& images, const Pa
 
 bool random_patches_forward(const CropDraws& draws, const PatchSet& set, const Images& images,
                             const PatchOutput& out, Stream stream) {
-  if (constrained(draws.rule) || set.channels == 0) {
+  const bool sized = draws.rule.row_factors && is_plain(set);  // what no kernel that cuts draws
+  if (constrained(draws.rule) || set.channels == 0 || sized) {
     sample_coords(draws, stream);
     return extract_patches_forward(set, images, out, stream);
   }

@@ -144,7 +144,7 @@ struct ResizedPlan {
 
 // `ranges`: pixels of the image stand for several pixels of a crop, beyond an edge that goes on.
 template <typename G, typename I, bool ranges>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)  // or some compilers spill for a third block
     gather_resized(const __grid_constant__ ResizedPlan<typename Arithmetic<G, I>::type> plan) {
   using T = typename Arithmetic<G, I>::type;
   __shared__ Reach reaches[TILE_ROWS + TILE_COLUMNS];
@@ -313,9 +313,8 @@ bool gather_boxes_of_any_size(const PatchSet& set, const PatchGradient& grad,
 template <typename G, typename I>
 bool gather(const PatchSet& set, const PatchGradient& grad, const ImageGradient& images,
             void* units, Stream stream) {
-  const bool plain = set.interpolation == Interpolation::none && set.padding == Padding::error;
-  return plain ? gather_plain_boxes<G, I>(set, grad, images, stream)
-               : gather_boxes_of_any_size<G, I>(set, grad, images, units, stream);
+  return is_plain(set) ? gather_plain_boxes<G, I>(set, grad, images, stream)
+                       : gather_boxes_of_any_size<G, I>(set, grad, images, units, stream);
 }
 
 template <typename G>

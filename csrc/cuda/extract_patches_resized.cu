@@ -67,7 +67,7 @@ FC_INLINE T tap_weight(const PixelTaps<T>& taps, int32_t t, int32_t in, int32_t 
 }
 
 template <typename In, typename Out>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)  // or some compilers spill for a fourth block
     resize_patches(const __grid_constant__ ResizePlan<typename Arithmetic<In, Out>::type> plan) {
   using T = typename Arithmetic<In, Out>::type;
   __shared__ PatchBox shared;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t rest = tile - patch * plan.tiles_per_patch;
     const int32_t top = (int32_t)(rest / plan.tiles_across * TILE_ROWS);
     const int32_t left = (int32_t)(rest % plan.tiles_across * TILE_COLUMNS);
-    const PatchBox found = box_of(plan.boxes, patch, rest == 0, &shared);
+    const PatchBox found = box_of<true>(plan.boxes, patch, rest == 0, &shared);
     const Box box = found.box;
     if (threadIdx.x < TILE_ROWS + TILE_COLUMNS) {
       const bool is_row = threadIdx.x < TILE_ROWS;

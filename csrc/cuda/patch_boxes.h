@@ -29,6 +29,7 @@ struct PatchBox {
 
 // The box of a patch, for all threads of a block. Where it is drawn, one thread does so, and writes
 // it to memory if the block is the one that does. No two calls without a barrier in between.
+template <bool sized>
 static __device__ __forceinline__ PatchBox box_of(const BoxSource& source, int64_t patch,
                                                   bool writes, PatchBox* shared) {
   if (!source.drawn) {
@@ -39,7 +40,7 @@ static __device__ __forceinline__ PatchBox box_of(const BoxSource& source, int64
     const int64_t image = patch / draws.num_patches;
     uint8_t flips;
     const Box box =
-        draw_patch(draws, key_of(draws), image, patch - image * draws.num_patches, &flips);
+        draw_patch<sized>(draws, key_of(draws), image, patch - image * draws.num_patches, &flips);
     *shared = PatchBox{box, flips};
     if (writes) {
       draws.coords[patch] = box;
