@@ -151,9 +151,8 @@ bool resample(const PatchSet& set, const Images& images, const PatchOutput& outp
       const T a = (T)channel_value(set.scale, set.scale_count, channel, 1.0);
       const T b = (T)channel_value(set.offset, set.offset_count, channel, -0.0);
       prepare(r, set, patch);
-      load_crop(r, set, in, images.stride[2], images.stride[3],
-                (T)channel_value(set.fill, set.fill_count, channel, 0.0));
-      const T* line = resampled_plane(r);
+      const T* line = resampled(r, set, in, images.stride[2], images.stride[3],
+                                (T)channel_value(set.fill, set.fill_count, channel, 0.0));
       for (int64_t y = 0; y < set.height; ++y, out += output.stride[1], line += set.width) {
         if (output.stride[2] == 1) {
           map_row<Stride::forward, false>(line, 1, out, set.width, a, b);

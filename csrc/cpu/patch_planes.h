@@ -2,11 +2,12 @@
 // that reach beyond their image. Included by the patch kernels alone, inside their namespace
 // FASTCONTRAST_ISA.
 //
-// The resampler puts a crop with its padding, in the type of arithmetic, into memory that stays in
-// cache; mixes rows of it into one row of the patch's height, then columns of that row. Its
-// transpose goes the same way back. common/resize.h has the weights.
+// The resampler mixes rows of a box into rows of the patch, then columns of those. A box with
+// padding is first put, in the type of arithmetic, into memory that stays in cache. Its transpose
+// goes the same way back. common/resize.h has the weights.
 #pragma once
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -61,23 +62,61 @@ struct Axis {
   T* weight;
 };
 
+// Weights of bilinear taps for a whole axis. Where pixel i's taps begin follows from pixel i - 1 by
+// additions, and its numerators, equally spaced up to a peak, are formed for many pixels at once.
+// `distance` and `total`: room for a number per pixel.
 template <typename T>
-void build_axis(Axis<T>& axis, const PatchSet& set, int64_t in, int64_t out, bool flipped) {
+void bilinear_axis(Axis<T>& axis, const Resize& resize, bool flipped, double* distance,
+                   double* total) {
+  const int64_t in = resize.in, out = resize.out, reach = 2 * resize.radius;
+  int64_t before = floor_division(in - out - reach, 2 * out);  // the last that is no tap
+  int64_t rest = in - out - reach - before * 2 * out;
+  for (int64_t i = 0; i < out; ++i) {
+    const int64_t place = flipped ? out - 1 - i : i;
+    const int64_t first = before < 0 ? 0 : before + 1;
+    axis.source[place] = (int32_t)first;
+    distance[place] = (double)((first - before) * 2 * out - rest - reach);
+    total[place] = 0;
+    before += in / out;
+    rest += in % out * 2;
+    if (rest >= 2 * out) {
+      rest -= 2 * out;
+      ++before;
+    }
+  }
+  const double peak = (double)reach, spacing = (double)(2 * out);
+  // Integers below 2^53 both times, so that the sum is exact and so are the terms.
+  const auto numerator = [&](int64_t t, int64_t i) {
+    const double n = peak - fabs(distance[i] + (double)t * spacing);
+    return axis.source[i] + t < in && n > 0 ? n : 0.0;
+  };
+  for (int64_t t = 0; t < axis.taps; ++t) {
+#pragma omp simd
+    for (int64_t i = 0; i < out; ++i) total[i] += numerator(t, i);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < out; ++i) total[i] = 1.0 / total[i];
+  for (int64_t t = axis.taps - 1; t >= 0; --t) {  // the first taps last: the others need them
+#pragma omp simd
+    for (int64_t i = 0; i < out; ++i) {
+      const double n = numerator(t, i);
+      axis.weight[t * out + i] = (T)(n * total[i]);
+      axis.source[t * out + i] = axis.source[i] + (n > 0 ? (int32_t)t : 0);
+    }
+  }
+}
+
+template <typename T>
+void build_axis(Axis<T>& axis, const PatchSet& set, int64_t in, int64_t out, bool flipped,
+                double* scratch) {
   const Resize resize =
       resize_of(in, out, set.interpolation == Interpolation::bilinear, set.antialias);
   axis.out = out;
   axis.taps = resize.single ? 1 : 2 * resize.radius / out + 1;
+  if (!resize.single) return bilinear_axis(axis, resize, flipped, scratch, scratch + out);
   for (int64_t i = 0; i < out; ++i) {
-    const int64_t pixel = flipped ? out - 1 - i : i;
-    const Taps taps = taps_of(resize, pixel);
-    const double unit = 1.0 / (double)numerators_of(resize, pixel);
-    for (int64_t t = 0; t < axis.taps; ++t) {
-      const bool used = t < taps.count;
-      const int64_t j = taps.first + (used ? t : 0);
-      axis.source[t * out + i] = (int32_t)j;
-      axis.weight[t * out + i] =
-          used ? (T)((double)numerators_within(resize, pixel, Taps{j, 1}) * unit) : (T)0;
-    }
+    axis.source[i] = (int32_t)taps_of(resize, flipped ? out - 1 - i : i).first;
+    axis.weight[i] = (T)1;
   }
 }
 
@@ -91,6 +130,7 @@ struct Resampler {
   T* sums;    // [patch height, box width], then [patch width, patch height]
   T* turned;  // [box width, patch height]
   T* plane;   // [patch height, patch width]
+  double* scratch;
   int64_t patch;
   Box box;
 };
@@ -109,9 +149,12 @@ bool open_resampler(Resampler<T>& r, const PatchSet& set) {
   const int64_t between = set.height * longer, plane = set.height * set.width;
   const int64_t numbers =
       height * width + width + set.width + row_taps + column_taps + 2 * between + plane;
-  r.memory = malloc(numbers * sizeof(T) + (row_taps + column_taps) * sizeof(int32_t));
+  const int64_t doubles = 2 * (set.height > set.width ? set.height : set.width);
+  r.memory = malloc(doubles * sizeof(double) + numbers * sizeof(T) +
+                    (row_taps + column_taps) * sizeof(int32_t));
   if (!r.memory) return false;
-  r.crop = static_cast<T*>(r.memory);
+  r.scratch = static_cast<double*>(r.memory);
+  r.crop = reinterpret_cast<T*>(r.scratch + doubles);
   r.mixed = r.crop + height * width;
   r.line = r.mixed + width;
   r.sums = r.line + set.width;
@@ -131,8 +174,8 @@ void prepare(Resampler<T>& r, const PatchSet& set, int64_t patch) {
   const int flips = flips_of(set, patch);
   r.patch = patch;
   r.box = set.coords[patch];
-  build_axis(r.rows, set, r.box.height, set.height, flips & FLIP_VERTICAL);
-  build_axis(r.columns, set, r.box.width, set.width, flips & FLIP_HORIZONTAL);
+  build_axis(r.rows, set, r.box.height, set.height, flips & FLIP_VERTICAL, r.scratch);
+  build_axis(r.columns, set, r.box.width, set.width, flips & FLIP_HORIZONTAL, r.scratch);
 }
 
 // Columns of the box that lie in the image, counted from the box's first, half-open.
@@ -174,30 +217,47 @@ void load_crop(Resampler<T>& r, const PatchSet& set, const In* in, int64_t row_s
   }
 }
 
-// out[0..width) = Σ_t weight[t] · row source[t] of `in`, for pixel i of an axis.
-template <typename T>
-FC_INLINE void mix_rows(const Axis<T>& axis, int64_t i, const T* in, int64_t width,
+// out[0..width) = Σ_t weight[t] · row source[t] of `in`, whose rows are `step` apart, for pixel i
+// of an axis. A tap of weight 0 ends the sum: it must not turn an infinite pixel into NaN.
+template <typename In, typename T>
+FC_INLINE void mix_rows(const Axis<T>& axis, int64_t i, const In* in, int64_t step, int64_t width,
                         T* __restrict out) {
-  const T first = axis.weight[i];
-  const T* __restrict row = in + axis.source[i] * width;
-#pragma omp simd
-  for (int64_t x = 0; x < width; ++x) out[x] = first * row[x];
-  int64_t t = 1;
-  for (; t + 1 < axis.taps; t += 2) {
-    const int64_t one = t * axis.out + i, two = one + axis.out;
-    if (axis.weight[two] == (T)0) break;
-    const T a = axis.weight[one], b = axis.weight[two];
-    const T* __restrict row_a = in + axis.source[one] * width;
-    const T* __restrict row_b = in + axis.source[two] * width;
-#pragma omp simd
-    for (int64_t x = 0; x < width; ++x) out[x] = out[x] + a * row_a[x] + b * row_b[x];
+  const T* weight = axis.weight + i;
+  const int32_t* source = axis.source + i;
+  int64_t end = axis.out;  // of the taps, in steps of axis.out
+  while (end < axis.taps * axis.out && weight[end] != (T)0) end += axis.out;
+#if defined(__AVX2__)
+  if constexpr (HasLanes<In>::value && HasLanes<T>::value) {
+    if (width >= LANES) {
+      int64_t x = 0;
+      for (; x + 2 * LANES <= width; x += 2 * LANES) {
+        Floats low = every(-0.0f), high = low;
+        for (int64_t t = 0; t < end; t += axis.out) {
+          const In* row = in + source[t] * step + x;
+          const Floats w = every(weight[t]);
+          low = fused(w, load(row), low);
+          high = fused(w, load(row + LANES), high);
+        }
+        store<false>(out + x, low);
+        store<false>(out + x + LANES, high);
+      }
+      for (; x < width; x += LANES) {
+        const int64_t at = x + LANES <= width ? x : width - LANES;
+        Floats sums = every(-0.0f);
+        for (int64_t t = 0; t < end; t += axis.out) {
+          sums = fused(every(weight[t]), load(in + source[t] * step + at), sums);
+        }
+        store<false>(out + at, sums);
+      }
+      return;
+    }
   }
-  for (; t < axis.taps; ++t) {
-    const T weight = axis.weight[t * axis.out + i];
-    if (weight == (T)0) break;  // an unused tap must not turn an infinite pixel into NaN
-    row = in + axis.source[t * axis.out + i] * width;
+#endif
+  for (int64_t x = 0; x < width; ++x) out[x] = weight[0] * (T)widen(in[source[0] * step + x]);
+  for (int64_t t = axis.out; t < end; t += axis.out) {
+    const In* row = in + source[t] * step;
 #pragma omp simd
-    for (int64_t x = 0; x < width; ++x) out[x] += weight * row[x];
+    for (int64_t x = 0; x < width; ++x) out[x] += weight[t] * (T)widen(row[x]);
   }
 }
 
@@ -244,19 +304,16 @@ FC_INLINE void turn(const T* __restrict in, int64_t rows, int64_t columns, T* __
   }
 }
 
-// The patch [patch height, patch width], from the crop. Columns are mixed as rows of the plane
-// turned on its side: contiguous sums are several times faster than gathers.
-template <typename T>
-const T* resampled_plane(Resampler<T>& r) {
+// The patch [patch height, patch width], from the box's pixels in rows that are `step` apart.
+// Columns are mixed as rows of the plane turned on its side: contiguous sums are several times
+// faster than gathers.
+template <typename In, typename T>
+const T* resampled_plane(Resampler<T>& r, const In* in, int64_t step) {
   const int64_t in_width = r.box.width, height = r.rows.out, width = r.columns.out;
   const bool columns = r.columns.taps > 1;
   for (int64_t y = 0; y < height; ++y) {
     T* out = r.sums + y * in_width;
-    if (r.rows.taps > 1) {
-      mix_rows(r.rows, y, r.crop, in_width, out);
-    } else {
-      memcpy(out, r.crop + r.rows.source[y] * in_width, in_width * sizeof(T));
-    }
+    mix_rows(r.rows, y, in, step, in_width, out);
     if (columns) continue;
     T* line = r.plane + y * width;
     for (int64_t x = 0; x < width; ++x) line[x] = out[r.columns.source[x]];
@@ -264,10 +321,22 @@ const T* resampled_plane(Resampler<T>& r) {
   if (!columns) return r.plane;
   turn(r.sums, height, in_width, r.turned);
   for (int64_t x = 0; x < width; ++x) {
-    mix_rows(r.columns, x, r.turned, height, r.sums + x * height);
+    mix_rows(r.columns, x, r.turned, height, height, r.sums + x * height);
   }
   turn(r.sums, width, height, r.plane);
   return r.plane;
+}
+
+// The patch of the plane `in`; the image itself is read where the box lies in it and its rows are
+// contiguous, else a copy with the padding.
+template <typename In, typename T>
+const T* resampled(Resampler<T>& r, const PatchSet& set, const In* in, int64_t row_stride,
+                   int64_t column_stride, T fill) {
+  if (column_stride == 1 && inside(r.box, set.image_height, set.image_width, 0, 0)) {
+    return resampled_plane(r, in + r.box.y0 * row_stride + r.box.x0, row_stride);
+  }
+  load_crop(r, set, in, row_stride, column_stride, fill);
+  return resampled_plane(r, r.crop, r.box.width);
 }
 
 // The transpose of resampled_plane, row by row: adds row y of a patch's gradient, in r.line, to the
