@@ -64,7 +64,7 @@ cpu::Tile<T> tile_from(const py::kwargs& a) {
   tile.exclude_count = a["exclude_count"].cast<std::int64_t>();
   tile.row_ids = at<const std::int32_t>(a["row_ids"].cast<Address>());
   tile.column_ids = at<const std::int32_t>(a["column_ids"].cast<Address>());
-  tile.keep = static_cast<cpu::Keep>(a["keep"].cast<int>());
+  tile.keep = static_cast<fastcontrast::Keep>(a["keep"].cast<int>());
   tile.threads = a["threads"].cast<int>();
   return tile;
 }

@@ -16,17 +16,16 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import pytest
 import torch
 from bf16_units import active_unit, lacking
-from variants import Variant, active, worth_interpreting
+from variants import Variant, active, worth_emulating, worth_interpreting
 
 from fastcontrast.backends import triton
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under TRITON_INTERPRET=1, only what the interpreted kernels run: the rest had its own run."""
-    if not triton.INTERPRETED:
-        return
-    kept = [item for item in items if worth_interpreting(item)]
-    left = [item for item in items if not worth_interpreting(item)]
+    worth = worth_interpreting if triton.INTERPRETED else worth_emulating
+    kept = [item for item in items if worth(item)]
+    left = [item for item in items if not worth(item)]
     config.hook.pytest_deselected(items=left)
     items[:] = kept
 

@@ -32,6 +32,7 @@ class Variant:
     backend: str
     instruction_set: str | None = None
     device: str = "cpu"
+    op: str = ""
     skip_reason: str | None = None
 
     def __str__(self) -> str:
@@ -51,7 +52,7 @@ def variants(op: str) -> list[Variant]:
                 found.append(Variant(name, isa, skip_reason=lacking))
             if op in native.CUDA_DTYPES:
                 lacking = cuda_emulation.why_not()
-                found.append(Variant(name, device="emulated_cuda", skip_reason=lacking))
+                found.append(Variant(name, device="emulated_cuda", op=op, skip_reason=lacking))
                 if torch.cuda.is_available():
                     lacking = backends.why_not(name, op, torch.empty(0, device="cuda"))
                     found.append(Variant(name, device="cuda", skip_reason=lacking))
@@ -68,7 +69,8 @@ def on_every_backend(op: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", variants(op), ids=str, indirect=True)
 
 
-# The interpreter takes milliseconds for a tile, so it gets each regime once: shapes of up to so
+# The interpreter takes milliseconds for a tile, the emulation of the pairwise CUDA kernels one for
+# few rows, so they get each regime once: shapes of up to so
 # many scores, and parameters that do not depend on each other not in all combinations.
 INTERPRETED_SCORES = 70 * 131
 NOT_INTERPRETED = {
@@ -102,17 +104,28 @@ THROUGH_EVERY_LOSS = "test_half_inputs_lose_only_their_own_rounding"
 
 
 def worth_interpreting(item: Any) -> bool:
-    """Whether the interpreter should run this test: see INTERPRETED_SCORES."""
-    parameters = (
-        item.callspec.params
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-        else {}
-    )
-    variant = parameters.get("backend")
+    """Whether the interpreter should run this test."""
     if "test_triton" in item.nodeid:
         return True
-    if not isinstance(variant, Variant) or variant.backend != "triton":
-        return False
+    variant = _parameters(item).get("backend")
+    return isinstance(variant, Variant) and variant.backend == "triton" and _is_a_regime(item)
+
+
+def worth_emulating(item: Any) -> bool:
+    """Whether to run this test, if it is one of emulated kernels: all but the pairwise are fast."""
+    variant = _parameters(item).get("backend")
+    slow = isinstance(variant, Variant) and variant.device == "emulated_cuda"
+    return not slow or variant.op != "distance_softmax" or _is_a_regime(item)
+
+
+def _parameters(item: Any) -> dict[str, Any]:
+    has_some = isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    return item.callspec.params if has_some else {}
+
+
+def _is_a_regime(item: Any) -> bool:
+    """Whether a slow variant should run this test: see INTERPRETED_SCORES."""
+    parameters = _parameters(item)
     name = item.nodeid.partition("::")[2].partition("[")[0]
     if name in NOT_INTERPRETED:
         return False

@@ -12,8 +12,6 @@
 namespace fastcontrast {
 namespace cpu {
 
-enum class Keep { all = 0, same = 1, different = 2 };
-
 template <typename T>
 struct Tile {
   T* values;             // [rows, columns] contiguous: dot products of centred operands, on entry

@@ -100,6 +100,7 @@ void sample_coords_entry(const py::kwargs& a) {
 }  // namespace
 
 void bind(py::module_& m) {
+  bind_distance_softmax(m);
   m.def("extract_patches_forward", &extract_patches_forward_entry);
   m.def("extract_patches_backward", &extract_patches_backward_entry);
   m.def("random_patches_forward", &random_patches_forward_entry);

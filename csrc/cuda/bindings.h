@@ -8,6 +8,7 @@ namespace fastcontrast {
 namespace cuda {
 
 void bind(pybind11::module_& m);
+void bind_distance_softmax(pybind11::module_& m);
 
 }  // namespace cuda
 }  // namespace fastcontrast

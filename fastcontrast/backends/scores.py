@@ -5,7 +5,7 @@ Filled by ``fastcontrast/ops``, which has checked it; read by the backends.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,28 @@ def empty_statistics(x: Tensor, *, score_sum: bool, rank: bool) -> Statistics:
         column_count=x.new_empty(m if score_sum else 0, dtype=torch.int64),
         rank=x.new_empty(m if rank else 0, dtype=torch.int64),
     )
+
+
+def statistics_of_nothing(x: Tensor, *, score_sum: bool, rank: bool) -> Statistics:
+    """What the rows of ``x`` have where there is no column."""
+    out = empty_statistics(x, score_sum=score_sum, rank=rank)
+    for value in out:
+        value.zero_()
+    out.lse.fill_(-torch.inf)
+    return out
+
+
+def gradients_of_nothing(
+    x: Tensor, y: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, y and scale where there is no pair; empty where not needed."""
+    dtype = accumulator_dtype(x.dtype)
+    shapes: tuple[Any, ...] = (x.shape, y.shape, ())
+    dx, dy, dscale = (
+        x.new_zeros(shape if need else 0, dtype=dtype)
+        for shape, need in zip(shapes, needs, strict=True)
+    )
+    return dx, dy, dscale
 
 
 class RowGradients(NamedTuple):

@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 NAME = "_cuda_emulation"
 KERNELS = sorted(path for path in CSRC.glob("cuda/*.cu") if path.stem != "device")
-SOURCES = [HERE / "module.cpp", CSRC / "cuda" / "bindings.cpp", *KERNELS]
+SOURCES = [HERE / "module.cpp", *sorted(CSRC.glob("cuda/*bindings.cpp")), *KERNELS]
 # Fortified, longjmp takes the change of stacks for an error.
 FLAGS = (
     "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
@@ -65,7 +65,7 @@ def module() -> ModuleType:
     include = [HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
     command = [str(_compiler()), *FLAGS, *(f"-I{folder}" for folder in include)]
     digest = hashlib.sha256(" ".join([*command, platform.machine(), sys.version]).encode())
-    for path in sorted([*CSRC.glob("**/*.h"), *HERE.glob("*.h"), *SOURCES]):
+    for path in sorted([*CSRC.glob("**/*.h"), *HERE.glob("**/*.h"), *SOURCES]):
         digest.update(path.read_bytes())
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "fastcontrast-tests"

@@ -8,6 +8,7 @@
 // __syncwarp for all lanes of its warp. What it finds, besides wrong results:
 //   - a thread that left the kernel, or waits elsewhere, while others wait for it;
 //   - 16-byte access to an address that is no multiple of 16;
+//   - asynchronous copies that nobody waited for: they have not arrived;
 //   - a write just beyond dynamic shared memory; reads of it before a write give NaN;
 //   - code that is right for one order of threads only: run it in several (set_order) and compare.
 // What it cannot show: time, memory ordering between blocks or without a barrier, the rounding of
@@ -65,6 +66,14 @@ enum class Order { ascending = 0, descending = 1, shuffled = 2 };
 
 enum class Wait { nothing, warp, block };
 
+// A copy to shared memory under way: see cuda/async_copy.h.
+struct Copy {
+  void* to;
+  const void* from;
+  int size, bytes;
+  unsigned group;
+};
+
 struct Thread {
   ucontext_t context;  // where the fiber starts
   jmp_buf place;       // where it is, from then on
@@ -73,6 +82,8 @@ struct Thread {
   uint3 index;
   Wait waits_for;
   bool left;
+  std::vector<Copy> copies;
+  unsigned commits;    // groups of copies that it has closed
   unsigned exchanges;  // how often it has shuffled or voted: which of its warp's two slots is next
 };
 
@@ -129,6 +140,8 @@ inline void start_thread(Machine& m, unsigned number) {
                   number / (m.block.x * m.block.y)};
   thread.waits_for = Wait::nothing;
   thread.left = false;
+  thread.copies.clear();
+  thread.commits = 0;
   thread.exchanges = 0;
 }
 

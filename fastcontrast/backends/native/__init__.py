@@ -31,6 +31,7 @@ CPU_DTYPES = {
 }
 # Ops that have CUDA kernels.
 CUDA_DTYPES = {
+    "distance_softmax": FLOATING,
     "extract_patches": (torch.uint8, *FLOATING),
     "triplet_distances": FLOATING,
 }

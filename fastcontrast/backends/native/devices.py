@@ -28,6 +28,18 @@ def kernels(tensor: Tensor) -> Any:
     return _C.cuda if tensor.is_cuda else _C
 
 
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels take the tensor."""
+    return kernels(tensor) is not _C
+
+
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; one for a CPU tensor, as under emulation."""
+    if not tensor.is_cuda:
+        return 1
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def workers(tensor: Tensor, threads: int) -> int | tuple[int, int]:
     """What runs a call: ``threads`` on CPU; device and current stream for a CUDA tensor."""
     if not tensor.is_cuda:

@@ -2,21 +2,26 @@
 
 The pass is csrc/cpu/distance_softmax.cpp. The M×N matrix exists one tile at a time, so memory is
 O((M+N)·D). The backward pass computes the tiles anew (8MND operations in all); `softmax_loss`, with
-one number as upstream gradient, takes the gradients while the scores are there (6MND).
+one number as upstream gradient, takes the gradients while the scores are there (6MND). CUDA tensors
+go to distance_softmax_cuda.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcontrast import _C
-from fastcontrast.backends.native.products import ROUNDINGS, choose_products
+from fastcontrast.backends.native import devices, distance_softmax_cuda
+from fastcontrast.backends.native.products import (
+    ROUNDINGS,
+    choose_products,
+    ieee_products,
+)
 from fastcontrast.backends.reference.distance_softmax import loss_by_two_passes
 from fastcontrast.backends.scores import (
     KEEPS,
@@ -47,6 +52,8 @@ def distance_softmax_forward(
     x: Tensor, y: Tensor, scores: Scores, threshold: Tensor | None, score_sum: bool
 ) -> Statistics:
     """Statistics of every row."""
+    if devices.on_cuda(x):
+        return distance_softmax_cuda.distance_softmax_forward(x, y, scores, threshold, score_sum)
     dtype = accumulator_dtype(x.dtype)
     out = empty_statistics(x, score_sum=score_sum, rank=threshold is not None)
     limit = None if threshold is None else threshold.to(dtype).contiguous()
@@ -63,6 +70,10 @@ def distance_softmax_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y and scale from (lse, lse_residual, entropy); empty where not needed."""
+    if devices.on_cuda(x):
+        return distance_softmax_cuda.distance_softmax_backward(
+            x, y, scores, statistics, grads, needs
+        )
     operands = _Operands(x, y, scores, accumulator_dtype(x.dtype))
     dx, dy, dscale = _gradients(operands, statistics, grads, None, needs)
     return dx.to(x.dtype), dy.to(y.dtype), dscale
@@ -81,6 +92,8 @@ def softmax_loss(
     the columns' cross-entropy the scores are computed twice, 8MND: no gradient can be taken before
     the last row has been seen.
     """
+    if devices.on_cuda(x):
+        return distance_softmax_cuda.softmax_loss(x, y, scores, weights, needs)
     dtype = accumulator_dtype(x.dtype)
     (m, dim), n = x.shape, y.shape[0]
     if 0 < m * n * dim <= SMALL_PRODUCT and _fits_small_loss(scores, weights):
@@ -95,7 +108,7 @@ def softmax_loss(
         None if value is None else _plain(value.detach(), dtype) for value in weights[:2]
     )
     entry = getattr(_C, f"softmax_loss_{operands.suffix}")
-    with _ieee_products():
+    with ieee_products():
         for rows, columns, tile in operands.tiles():
             entry(
                 **tile,
@@ -196,7 +209,7 @@ def _take_statistics(
     score_sum = out.score_sum if out.score_sum.shape[0] else None
     state = torch.empty(min(operands.x.shape[0], operands.tile_rows), 4, dtype=torch.float64)
     entry = getattr(_C, f"distance_softmax_forward_{operands.suffix}")
-    with _ieee_products():
+    with ieee_products():
         for rows, span, tile in operands.tiles():
             entry(
                 **tile,
@@ -235,7 +248,7 @@ def _gradients(
         low = (lse2 - high).to(lse.dtype)
         grad_column_lse = by_columns[1].to(lse.dtype).contiguous()
     entry = getattr(_C, f"distance_softmax_backward_{operands.suffix}")
-    with _ieee_products():
+    with ieee_products():
         for rows, columns, tile in operands.tiles():
             entry(
                 **tile,
@@ -422,27 +435,3 @@ def _narrow_ids(rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor | N
             both = torch.unique(both, return_inverse=True)[1]
         rows, columns = both.to(torch.int32).split([rows.shape[0], columns.shape[0]])
     return rows.contiguous(), columns.contiguous()
-
-
-@contextmanager
-def _ieee_products() -> Iterator[None]:
-    """Full float32 products, whatever torch's global settings allow.
-
-    Norms and dot products must come from operands rounded alike, and on CPU nothing is gained yet
-    by rounding them.
-    """
-    setting = getattr(torch.backends.mkldnn, "matmul", None)
-    if setting is None:  # before torch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    before = setting.fp32_precision
-    setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before

@@ -14,9 +14,9 @@ from fastcontrast.backends.native.distance_softmax import (
     TILE_COLUMNS,
     TILE_ROWS,
     _address,
-    _ieee_products,
     _Operands,
 )
+from fastcontrast.backends.native.products import ieee_products
 from fastcontrast.backends.scores import Scores, accumulator_dtype, padding
 
 # Candidates that a list holds beyond 2k; a full one is cut.
@@ -41,7 +41,7 @@ def nearest_columns(
     x_size, y_size = points.sizes(operands)
     lists = _lists(min(m, block), capacity, dtype)
     entry = getattr(_C, f"nearest_{operands.suffix}")
-    with _ieee_products():
+    with ieee_products():
         for rows, columns, tile in operands.tiles():
             tile["x"] = _address(points.x, rows)
             entry(

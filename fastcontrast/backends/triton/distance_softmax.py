@@ -12,7 +12,7 @@ forward and backward; with a kernel for each side, so that nothing is added by t
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,6 +34,8 @@ from fastcontrast.backends.scores import (
     Statistics,
     accumulator_dtype,
     empty_statistics,
+    gradients_of_nothing,
+    statistics_of_nothing,
     transposed,
 )
 from fastcontrast.backends.triton import INTERPRETED, processors
@@ -63,7 +65,7 @@ def distance_softmax_forward(
 ) -> Statistics:
     """Statistics of every row."""
     if x.shape[0] == 0 or y.shape[0] == 0:
-        return _statistics_of_nothing(x, score_sum=score_sum, rank=threshold is not None)
+        return statistics_of_nothing(x, score_sum=score_sum, rank=threshold is not None)
     return _statistics(prepare(x, y, scores), _Mask(scores), threshold, score_sum)
 
 
@@ -77,7 +79,7 @@ def distance_softmax_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y and scale from (lse, lse_residual, entropy); empty where not needed."""
     if x.shape[0] == 0 or y.shape[0] == 0:
-        dx, dy, dscale = _gradients_of_nothing(x, y, needs)
+        dx, dy, dscale = gradients_of_nothing(x, y, needs)
     else:
         dx, dy, dscale = _gradients(prepare(x, y, scores), _Mask(scores), statistics, grads, needs)
     return dx.to(x.dtype), dy.to(y.dtype), dscale
@@ -93,7 +95,7 @@ def softmax_loss(
     """Loss of every row and all gradients of their sum."""
     if x.shape[0] == 0 or y.shape[0] == 0:
         loss = x.new_zeros(x.shape[0], dtype=accumulator_dtype(x.dtype))
-        return LossGradients(loss, *_gradients_of_nothing(x, y, needs))
+        return LossGradients(loss, *gradients_of_nothing(x, y, needs))
     operands, mask = prepare(x, y, scores), _Mask(scores)
     acc = accumulator_dtype(x.dtype)
     rows = _statistics(operands, mask, None, False)
@@ -346,26 +348,6 @@ def _splits(count: int, others: int, sizes: Launch, device: torch.device) -> tup
     splits = max(1, min(wanted // blocks, tiles // TILES_PER_SPLIT))
     part = triton.cdiv(tiles, splits) * sizes.other
     return triton.cdiv(others, part), part
-
-
-def _statistics_of_nothing(x: Tensor, *, score_sum: bool, rank: bool) -> Statistics:
-    out = empty_statistics(x, score_sum=score_sum, rank=rank)
-    for value in out:
-        value.zero_()
-    out.lse.fill_(-torch.inf)
-    return out
-
-
-def _gradients_of_nothing(
-    x: Tensor, y: Tensor, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulator_dtype(x.dtype)
-    shapes: tuple[Any, ...] = (x.shape, y.shape, ())
-    dx, dy, dscale = (
-        x.new_zeros(shape if need else 0, dtype=dtype)
-        for shape, need in zip(shapes, needs, strict=True)
-    )
-    return dx, dy, dscale
 
 
 def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:

@@ -1,0 +1,444 @@
+// Maths: t_ij = s_ij log2(e) from Σ_k (x_ik - y_jk)², or from x_i·y_j. Statistics: per row the
+// running
+//   maximum, Σ 2^(t-max) and Σ 2^(t-max)(t-max), on request Σ t and two counts. Gradients of the
+//   owners o of one side by the others q: do = Σ c (q - o), for "dot" Σ c q, with the pair weights
+//   c of common/scores.h. Losses: one positive per row, by direct difference.
+// Tiling: a block owns 32 points of one side and streams tiles of 64 points (32 in double) of the
+//   other, a thread has 4 × 4 (4 × 2) of the scores. Their softmax stays in its registers; 16
+//   threads merge theirs when the last tile is through. In gradients the weights of a tile meet in
+//   shared memory, and the gradient of up to 256 coordinates (128 in double) stays in registers:
+//   more coordinates are further blocks, which compute the scores anew. The grid is 1-D; few owners
+//   share out the other side among blocks.
+// Memory: owners' and others' coordinates pass through shared memory 128 bytes of a point at a
+// time,
+//   the next ones copied (cp.async) while those are used; others come from the L2 cache, as all
+//   blocks stream the same ones. Every result is written once.
+// Numerics: every distance is the norm of a difference, so no pair is too near, nothing is centred
+//   and NaN and inf spread as they do there; that takes two operations where the Gram identity
+//   takes one. Sums in T, of statistics beyond a few hundred columns in double. One writer per
+//   result, in a fixed order.
+#include "cuda/distance_softmax.h"
+
+#include "cuda/pair_scores.h"
+#include "cuda/point_tiles.h"
+
+namespace fastcontrast {
+namespace cuda {
+namespace {
+
+constexpr int FLUSH = 16;  // tiles whose softmax is summed in T
+constexpr int PARTS = 8;   // chunks of coordinates whose gradient a block holds
+
+// Which points a block goes through, and how their coordinates come into shared memory.
+template <typename T>
+struct Walk {
+  PointSet own, other;
+  Scalar type;
+  bool own_units, other_units;
+  int64_t dim;
+  int64_t first_own;   // of the block
+  int64_t begin, end;  // of the other side
+  int chunks;          // of all coordinates, for the scores
+  int part, parts;     // first and number of chunks that gradients are taken of
+  int turn;            // stage that is read next
+
+  FC_MEMBER int steps() const { return chunks + parts; }
+  FC_MEMBER int chunk_of(int step) const { return step < chunks ? step : part + step - chunks; }
+  FC_MEMBER int width_of(int step) const {
+    const int64_t left = dim - (int64_t)chunk_of(step) * Sizes<T>::CHUNK;
+    return left < Sizes<T>::CHUNK ? (int)left : Sizes<T>::CHUNK;
+  }
+
+  __device__ __forceinline__ void fetch(Stages<T>& stages, int64_t first, int step, int stage) {
+    const int64_t k = (int64_t)chunk_of(step) * Sizes<T>::CHUNK;
+    fetch_points<T, OWNERS>(own, type, own_units, dim, first_own, k, stages.own[stage]);
+    fetch_points<T, Sizes<T>::OTHERS>(other, type, other_units, dim, first, k, stages.other[stage]);
+    async_commit();
+  }
+
+  // To be called once, before the first step of the first tile.
+  __device__ __forceinline__ void start(Stages<T>& stages) {
+    turn = 0;
+    if (begin < end && steps() > 0) fetch(stages, begin, 0, 0);
+  }
+
+  // Waits for a step's coordinates, starts the copy of the next ones, and returns the stage.
+  __device__ __forceinline__ int arrive(Stages<T>& stages, int64_t first, int step) {
+    async_wait<0>();
+    __syncthreads();  // all have arrived, and nobody reads the other stage any more
+    const int stage = turn;
+    turn ^= 1;
+    if (step + 1 < steps()) {
+      fetch(stages, first, step + 1, turn);
+    } else if (first + Sizes<T>::OTHERS < end) {
+      fetch(stages, first + Sizes<T>::OTHERS, 0, turn);
+    }
+    return stage;
+  }
+};
+
+// Sums over all coordinates of a thread's pairs of one tile.
+template <bool is_dot, typename T>
+__device__ __forceinline__ void tile_values(Walk<T>& walk, Stages<T>& stages, int64_t first,
+                                            T (&value)[OWN][Sizes<T>::OTHER]) {
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+#pragma unroll
+    for (int j = 0; j < Sizes<T>::OTHER; ++j) value[i][j] = T(0);
+  }
+  for (int step = 0; step < walk.chunks; ++step) {
+    const int stage = walk.arrive(stages, first, step);
+    add_coordinates<is_dot>(stages.own[stage], stages.other[stage], walk.width_of(step), value);
+  }
+}
+
+template <typename T>
+Walk<T> walk_of(const Pairs& pairs, bool owns_rows) {
+  Walk<T> walk;
+  walk.own = owns_rows ? pairs.rows : pairs.columns;
+  walk.other = owns_rows ? pairs.columns : pairs.rows;
+  walk.type = pairs.type;
+  walk.own_units = has_units(walk.own, sizeof(T));
+  walk.other_units = has_units(walk.other, sizeof(T));
+  walk.dim = pairs.dim;
+  walk.first_own = walk.begin = walk.end = 0;
+  walk.chunks = (int)((pairs.dim + Sizes<T>::CHUNK - 1) / Sizes<T>::CHUNK);
+  walk.part = walk.parts = walk.turn = 0;
+  return walk;
+}
+
+template <typename T>
+struct StatisticsTile {
+  Stages<T> stages;
+  Marks<OWNERS> own;
+  Marks<Sizes<T>::OTHERS> other[2];  // of this tile and of the one before
+};
+
+template <bool is_dot, typename T>
+__global__ void __launch_bounds__(THREADS)
+    row_statistics(const Pairs pairs, const RowStatistics out, const Splits splits, Walk<T> walk) {
+  using S = Sizes<T>;
+  FASTCONTRAST_SHARED(StatisticsTile<T>, tile);
+  const int lane = threadIdx.x % LANES_OF_ROW, line = threadIdx.x / LANES_OF_ROW;
+  const int64_t split = blockIdx.x % splits.count, m = pairs.rows.count;
+  walk.first_own = blockIdx.x / splits.count * OWNERS;
+  walk.begin = split * splits.size;
+  walk.end = walk.begin + splits.size;
+  walk.end = walk.end < pairs.columns.count ? walk.end : pairs.columns.count;
+  const T scale2 = scale_of<T>(pairs) * T(LOG2_E);
+  const bool counts_all = out.column_count || out.rank;
+  SoftmaxState state[OWN];
+  RunningSoftmax<T> running[OWN];
+  T limit[OWN], total[OWN];
+  int number[OWN], above[OWN];
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+    const int64_t row = walk.first_own + line + i * (THREADS / LANES_OF_ROW);
+    state[i] = empty_state();
+    running[i].clear();
+    limit[i] = row < m ? value_at<T>(out.threshold, row) * T(LOG2_E) : T(0);
+    total[i] = T(0);
+    number[i] = above[i] = 0;
+  }
+  load_marks(pairs, true, walk.first_own, &tile->own);
+  walk.start(tile->stages);
+  int tiles = 0;
+  for (int64_t first = walk.begin; first < walk.end; first += S::OTHERS) {
+    Marks<S::OTHERS>& other = tile->other[tiles % 2];
+    load_marks(pairs, false, first, &other);
+    __syncthreads();
+    T t[OWN][S::OTHER];
+    tile_values<is_dot>(walk, tile->stages, first, t);
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+      const int own = line + i * (THREADS / LANES_OF_ROW);
+#pragma unroll
+      for (int j = 0; j < S::OTHER; ++j) {
+        const int place = lane + j * LANES_OF_ROW;
+        const int64_t column = first + place;
+        const bool counts = column < walk.end && column != tile->own.first[own] &&
+                            column != tile->own.second[own] &&
+                            id_counts(pairs.keep, tile->own.id[own], other.id[place]);
+        t[i][j] = counts ? score_of(pairs.metric, t[i][j], scale2) : T(-INFINITY);
+        if (counts_all) {
+          total[i] += counts ? t[i][j] : T(0);
+          number[i] += counts;
+          above[i] += t[i][j] > limit[i];
+        }
+      }
+      running[i].add(t[i]);
+    }
+    if (++tiles % FLUSH == 0) {
+#pragma unroll
+      for (int i = 0; i < OWN; ++i) {
+        state[i] = merge(state[i], running[i].state());
+        running[i].clear();
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+    const int64_t row = walk.first_own + line + i * (THREADS / LANES_OF_ROW);
+    SoftmaxState s = merge(state[i], running[i].state());
+    double sum = (double)total[i];
+    int count = number[i], ranks = above[i];
+#pragma unroll
+    for (int distance = LANES_OF_ROW / 2; distance > 0; distance /= 2) {
+      SoftmaxState theirs;
+      theirs.max = __shfl_xor_sync(ALL_LANES, s.max, distance);
+      theirs.sum = __shfl_xor_sync(ALL_LANES, s.sum, distance);
+      theirs.weighted = __shfl_xor_sync(ALL_LANES, s.weighted, distance);
+      s = merge(s, theirs);
+      if (counts_all) {
+        sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+        count += __shfl_xor_sync(ALL_LANES, count, distance);
+        ranks += __shfl_xor_sync(ALL_LANES, ranks, distance);
+      }
+    }
+    if (lane != 0 || row >= m) continue;
+    if (splits.count == 1) {
+      write_statistics<T>(out, row, s, sum, count, ranks);
+      continue;
+    }
+    double* const part = out.state + split * 4 * m + row;
+    part[0] = s.max, part[m] = s.sum, part[2 * m] = s.weighted, part[3 * m] = sum;
+    if (!counts_all) continue;
+    out.counts[split * 2 * m + row] = count;
+    out.counts[(split * 2 + 1) * m + row] = ranks;
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    merge_splits(const RowStatistics out, const int64_t m, const int64_t splits) {
+  const bool counts_all = out.column_count || out.rank;
+  const int64_t stride = (int64_t)gridDim.x * THREADS;
+  for (int64_t row = (int64_t)blockIdx.x * THREADS + threadIdx.x; row < m; row += stride) {
+    SoftmaxState state = empty_state();
+    double total = 0;
+    int64_t number = 0, above = 0;
+    for (int64_t split = 0; split < splits; ++split) {
+      const double* const part = out.state + split * 4 * m + row;
+      state = merge(state, SoftmaxState{part[0], part[m], part[2 * m]});
+      if (!counts_all) continue;
+      total += part[3 * m];
+      number += out.counts[split * 2 * m + row];
+      above += out.counts[(split * 2 + 1) * m + row];
+    }
+    write_statistics<T>(out, row, state, total, number, above);
+  }
+}
+
+template <typename T>
+struct GradientTile {
+  using S = Sizes<T>;
+  static constexpr int STRIDE = OWNERS + S::UNIT;
+  Stages<T> stages;
+  T weights[S::OTHERS * STRIDE];
+  Marks<OWNERS> own;
+  Marks<S::OTHERS> other[2];  // of this tile and of the one before
+  Terms<T, OWNERS> own_terms;
+  Terms<T, S::OTHERS> other_terms[2];
+};
+
+// The weights of a thread's pairs, from the sums of their coordinates, to shared memory. Returns
+// Σ ∂L/∂s · t of each of its owners.
+template <bool is_dot, typename T>
+__device__ __forceinline__ void weigh_tile(const Pairs& pairs, const ScoreGradients& from,
+                                           const Walk<T>& walk, bool owns_rows, int64_t first,
+                                           int parity, T scale, GradientTile<T>* tile,
+                                           T (&value)[OWN][Sizes<T>::OTHER],
+                                           double (&product)[OWN]) {
+  const int lane = threadIdx.x % LANES_OF_ROW, line = threadIdx.x / LANES_OF_ROW;
+  const T scale2 = scale * T(LOG2_E);
+  const auto& other = tile->other[parity];
+  const auto& other_terms = tile->other_terms[parity];
+  const bool symmetric = from.column_grad != nullptr;
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+    const int own = line + i * (THREADS / LANES_OF_ROW);
+    const bool here = walk.first_own + own < walk.own.count;
+    T part = T(0);
+#pragma unroll
+    for (int j = 0; j < Sizes<T>::OTHER; ++j) {
+      const int place = lane + j * LANES_OF_ROW;
+      const int64_t column = owns_rows ? first + place : walk.first_own + own;
+      const int left_out = owns_rows ? tile->own.first[own] : other.first[place];
+      const int left_out_too = owns_rows ? tile->own.second[own] : other.second[place];
+      const T t = score_of(pairs.metric, value[i][j], scale2);
+      T g = T(0);
+      if (here && first + place < walk.end) {
+        if (from.grad_positive && column == left_out) {
+          g = owns_rows ? -tile->own_terms.of[GRAD_POSITIVE][own]
+                        : -other_terms.of[GRAD_POSITIVE][place];
+        } else if (column != left_out && column != left_out_too && t != T(-INFINITY) &&
+                   id_counts(pairs.keep, tile->own.id[own], other.id[place])) {
+          g = owns_rows ? score_gradient(t, tile->own_terms, own, other_terms, place, symmetric)
+                        : score_gradient(t, other_terms, place, tile->own_terms, own, symmetric);
+        }
+      }
+      part += g == T(0) ? T(0) : g * t;
+      const T weight = g == T(0) ? T(0) : weight_of(pairs.metric, g, t, scale, scale2);
+      tile->weights[place * GradientTile<T>::STRIDE + own] = weight;
+    }
+    product[i] += (double)part;
+  }
+}
+
+template <bool is_dot, typename T>
+__global__ void __launch_bounds__(THREADS)
+    point_gradients(const Pairs pairs, const ScoreGradients from, const SideGradient out,
+                    const Splits splits, Walk<T> walk, const int parts) {
+  using S = Sizes<T>;
+  constexpr int STRIDE = GradientTile<T>::STRIDE;
+  constexpr int ROWS = 4;                                   // owners of a thread, when weights meet
+  constexpr int DIMS = OWNERS * S::CHUNK / ROWS / THREADS;  // and coordinates of a chunk
+  FASTCONTRAST_SHARED(GradientTile<T>, tile);
+  const int part = blockIdx.x % parts;
+  const int64_t split = blockIdx.x / parts % splits.count;
+  walk.first_own = blockIdx.x / (parts * splits.count) * OWNERS;
+  walk.begin = split * splits.size;
+  walk.end = walk.begin + splits.size;
+  walk.end = walk.end < walk.other.count ? walk.end : walk.other.count;
+  walk.part = part * PARTS;
+  walk.parts = walk.chunks - walk.part < PARTS ? walk.chunks - walk.part : PARTS;
+  if (!out.grad) walk.parts = 0;
+  const T scale = scale_of<T>(pairs);
+  const int rows = threadIdx.x % (OWNERS / ROWS) * ROWS;
+  const int dims = threadIdx.x / (OWNERS / ROWS) * DIMS;
+  T grad[PARTS][ROWS][DIMS];
+#pragma unroll
+  for (int w = 0; w < PARTS; ++w) {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+#pragma unroll
+      for (int d = 0; d < DIMS; ++d) grad[w][i][d] = T(0);
+    }
+  }
+  double product[OWN] = {0, 0, 0, 0};
+  load_marks(pairs, out.owns_rows, walk.first_own, &tile->own);
+  load_terms(pairs, from, out.owns_rows, walk.first_own, &tile->own_terms);
+  walk.start(tile->stages);
+  int parity = 0;
+  for (int64_t first = walk.begin; first < walk.end; first += S::OTHERS, parity ^= 1) {
+    load_marks(pairs, !out.owns_rows, first, &tile->other[parity]);
+    load_terms(pairs, from, !out.owns_rows, first, &tile->other_terms[parity]);
+    __syncthreads();
+    T value[OWN][S::OTHER];
+    tile_values<is_dot>(walk, tile->stages, first, value);
+    weigh_tile<is_dot>(pairs, from, walk, out.owns_rows, first, parity, scale, tile, value,
+                       product);
+    const int others = walk.end - first < S::OTHERS ? (int)(walk.end - first) : S::OTHERS;
+#pragma unroll
+    for (int w = 0; w < PARTS; ++w) {
+      if (w < walk.parts) {
+        const int stage = walk.arrive(tile->stages, first, walk.chunks + w);  // weights, too
+        const T* const own = tile->stages.own[stage] + rows * S::STRIDE + dims;
+        const T* const other = tile->stages.other[stage] + dims;
+        T mine[ROWS][DIMS];
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+#pragma unroll
+          for (int d = 0; d < DIMS; ++d) mine[i][d] = is_dot ? T(0) : own[i * S::STRIDE + d];
+        }
+        for (int j = 0; j < others; ++j) {
+          T weight[ROWS];
+#pragma unroll
+          for (int i = 0; i < ROWS; i += S::UNIT) {
+            const auto pack = load_pack<T, S::UNIT>(tile->weights + j * STRIDE + rows + i);
+#pragma unroll
+            for (int l = 0; l < S::UNIT; ++l) weight[i + l] = pack.item[l];
+          }
+#pragma unroll
+          for (int d = 0; d < DIMS; ++d) {
+            const T q = other[j * S::STRIDE + d];
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i) {
+              grad[w][i][d] += weight[i] * (is_dot ? q : q - mine[i][d]);
+            }
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int w = 0; w < PARTS; ++w) {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const int64_t owner = walk.first_own + rows + i;
+#pragma unroll
+      for (int d = 0; d < DIMS; ++d) {
+        const int64_t k = (int64_t)(walk.part + w) * S::CHUNK + dims + d;
+        if (w < walk.parts && owner < walk.own.count && k < walk.dim) {
+          ((T*)out.grad)[(split * walk.own.count + owner) * walk.dim + k] = grad[w][i][d];
+        }
+      }
+    }
+  }
+  if (!out.product || part != 0) return;
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) {
+    const int64_t owner =
+        walk.first_own + threadIdx.x / LANES_OF_ROW + i * (THREADS / LANES_OF_ROW);
+#pragma unroll
+    for (int distance = LANES_OF_ROW / 2; distance > 0; distance /= 2) {
+      product[i] += __shfl_xor_sync(ALL_LANES, product[i], distance);
+    }
+    if (threadIdx.x % LANES_OF_ROW == 0 && owner < walk.own.count) {
+      out.product[split * walk.own.count + owner] = product[i];
+    }
+  }
+}
+
+template <typename T>
+bool statistics(const Pairs& pairs, const RowStatistics& out, Splits splits, Stream stream) {
+  const int64_t m = pairs.rows.count;
+  const unsigned blocks = blocks_for(m, OWNERS) * (unsigned)splits.count;
+  const Walk<T> walk = walk_of<T>(pairs, true);
+  if (pairs.metric == Metric::dot) {
+    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, sizeof(StatisticsTile<T>),
+                        (row_statistics<true, T>), pairs, out, splits, walk);
+  } else {
+    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, sizeof(StatisticsTile<T>),
+                        (row_statistics<false, T>), pairs, out, splits, walk);
+  }
+  if (splits.count == 1) return true;
+  FASTCONTRAST_LAUNCH(stream, blocks_for(m, THREADS), THREADS, 0, (merge_splits<T>), out, m,
+                      splits.count);
+  return true;
+}
+
+template <typename T>
+bool gradients(const Pairs& pairs, const ScoreGradients& from, const SideGradient& out,
+               Splits splits, Stream stream) {
+  const Walk<T> walk = walk_of<T>(pairs, out.owns_rows);
+  const int parts = out.grad && walk.chunks > 0 ? (walk.chunks + PARTS - 1) / PARTS : 1;
+  const unsigned blocks = blocks_for(walk.own.count, OWNERS) * (unsigned)(splits.count * parts);
+  if (pairs.metric == Metric::dot) {
+    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, sizeof(GradientTile<T>),
+                        (point_gradients<true, T>), pairs, from, out, splits, walk, parts);
+  } else {
+    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, sizeof(GradientTile<T>),
+                        (point_gradients<false, T>), pairs, from, out, splits, walk, parts);
+  }
+  return true;
+}
+
+}  // namespace
+
+bool distance_softmax_statistics(const Pairs& pairs, const RowStatistics& out, Splits splits,
+                                 Stream stream) {
+  if (pairs.type == Scalar::uint8) return false;
+  return pairs.type == Scalar::float64 ? statistics<double>(pairs, out, splits, stream)
+                                       : statistics<float>(pairs, out, splits, stream);
+}
+
+bool distance_softmax_gradients(const Pairs& pairs, const ScoreGradients& from,
+                                const SideGradient& out, Splits splits, Stream stream) {
+  if (pairs.type == Scalar::uint8) return false;
+  return pairs.type == Scalar::float64 ? gradients<double>(pairs, from, out, splits, stream)
+                                       : gradients<float>(pairs, from, out, splits, stream);
+}
+
+}  // namespace cuda
+}  // namespace fastcontrast

@@ -1,0 +1,110 @@
+// The entries of `distance_softmax` for CUDA tensors. Called by cuda/bindings.cpp alone.
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <tuple>
+
+#include "arguments.h"
+#include "cuda/bindings.h"
+#include "cuda/distance_softmax.h"
+
+namespace py = pybind11;
+
+namespace fastcontrast {
+namespace cuda {
+namespace {
+
+using Side = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;
+
+PointSet points_from(const Side& side) {
+  const auto& [address, count, stride, step] = side;
+  return {at<const void>(address), count, stride, step};
+}
+
+// What every entry is given of the pairs.
+using PairArguments = std::tuple<Side, Side, int, std::int64_t, int, int, Address, double, Address,
+                                 std::int64_t, Address, Address>;
+
+Pairs pairs_from(const PairArguments& arguments) {
+  const auto& [rows, columns, type, dim, metric, keep, scale, scale_number, exclude, exclude_count,
+               row_ids, column_ids] = arguments;
+  return {points_from(rows),
+          points_from(columns),
+          static_cast<Scalar>(type),
+          dim,
+          static_cast<Metric>(metric),
+          static_cast<Keep>(keep),
+          at<const void>(scale),
+          scale_number,
+          at<const std::int64_t>(exclude),
+          exclude_count,
+          at<const std::int64_t>(row_ids),
+          at<const std::int64_t>(column_ids)};
+}
+
+void check(bool launched) {
+  if (!launched) throw std::invalid_argument("no CUDA kernel for this dtype of points");
+}
+
+using Where = std::pair<int, Address>;
+using Parts = std::array<std::int64_t, 2>;
+
+void statistics_entry(const PairArguments& of, const Where& where, const Parts& splits,
+                      const std::array<Address, 6>& results, Address threshold, Address state,
+                      Address counts) {
+  const Pairs pairs = pairs_from(of);
+  const RowStatistics out = {at<void>(results[0]),         at<void>(results[1]),
+                             at<void>(results[2]),         at<void>(results[3]),
+                             at<std::int64_t>(results[4]), at<const void>(threshold),
+                             at<std::int64_t>(results[5]), at<double>(state),
+                             at<std::int64_t>(counts)};
+  const Stream stream{where.first, at<void>(where.second)};
+  py::gil_scoped_release release;
+  check(distance_softmax_statistics(pairs, out, {splits[0], splits[1]}, stream));
+}
+
+void gradients_entry(const PairArguments& of, const Where& where, const Parts& splits,
+                     const std::array<Address, 10>& terms, bool owns_rows, Address grad,
+                     Address product) {
+  const Pairs pairs = pairs_from(of);
+  const void* p[10];
+  for (int i = 0; i < 10; ++i) p[i] = at<const void>(terms[i]);
+  const ScoreGradients from = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]};
+  const SideGradient out = {owns_rows, at<void>(grad), at<double>(product)};
+  const Stream stream{where.first, at<void>(where.second)};
+  py::gil_scoped_release release;
+  check(distance_softmax_gradients(pairs, from, out, {splits[0], splits[1]}, stream));
+}
+
+void losses_entry(const PairArguments& of, const Where& where, const std::array<Address, 8>& terms,
+                  const std::array<Address, 4>& results) {
+  const Pairs pairs = pairs_from(of);
+  const void* p[8];
+  for (int i = 0; i < 8; ++i) p[i] = at<const void>(terms[i]);
+  const RowLosses losses = {p[0],
+                            p[1],
+                            p[2],
+                            p[3],
+                            p[4],
+                            p[5],
+                            p[6],
+                            p[7],
+                            at<void>(results[0]),
+                            at<void>(results[1]),
+                            at<void>(results[2]),
+                            at<void>(results[3])};
+  const Stream stream{where.first, at<void>(where.second)};
+  py::gil_scoped_release release;
+  check(distance_softmax_losses(pairs, losses, stream));
+}
+
+}  // namespace
+
+void bind_distance_softmax(py::module_& m) {
+  m.def("distance_softmax_statistics", &statistics_entry);
+  m.def("distance_softmax_gradients", &gradients_entry);
+  m.def("distance_softmax_losses", &losses_entry);
+}
+
+}  // namespace cuda
+}  // namespace fastcontrast
