@@ -71,6 +71,35 @@ def test_mistakes_are_found(name: str, message: str) -> None:
         probe(name, IN)
 
 
+def test_copies_arrive_when_they_are_waited_for() -> None:
+    """Where two groups may stay under way, nothing has arrived; the second half closed only one."""
+    numbers = [0 if i == 5 else value for i, value in enumerate(IN[:64])]
+    nothing = [-1] * 64  # NaN, as a float
+    for pending, arrived in ((0, 64), (1, 32), (2, 0)):
+        found = probe(f"copies_asynchronously<{pending}>", IN)[:64]
+        assert found == numbers[:arrived] + nothing[arrived:]
+
+
+@pytest.mark.parametrize(("name", "depth"), [("multiplies<true>", 8), ("multiplies<false>", 16)])
+def test_products_of_a_warp(name: str, depth: int) -> None:
+    """The PTX ISA's layout of sums: lane 4 g + t has (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)."""
+    for k, n in ((0, 0), (1, 2), (depth - 1, 7), (depth // 2, 5)):
+        found = probe(name, [k, n] + [0] * 126)[:128]
+        for lane in range(32):
+            for i in range(4):
+                row, column = lane // 4 + i // 2 * 8, lane % 4 * 2 + i % 2
+                expected = 0.5 + (16 * row + k if column == n else 0)
+                assert found[4 * lane + i] == 2 * expected, (k, n, lane, i)
+
+
+def test_transposed_matrices() -> None:
+    found = probe("loads_transposed", IN)[:128]
+    for lane in range(32):
+        for m in range(4):
+            low, high = (64 * m + 8 * (lane % 4 * 2 + i) + lane // 4 for i in range(2))
+            assert found[4 * lane + m] == high << 16 | low
+
+
 def test_division_by_multiplication() -> None:
     top = 2**31 - 1
     random = torch.randint(1, top, (200,)).tolist()

@@ -115,7 +115,7 @@ struct StatisticsTile {
 };
 
 template <bool is_dot, typename T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)
     row_statistics(const Pairs pairs, const RowStatistics out, const Splits splits, Walk<T> walk) {
   using S = Sizes<T>;
   FASTCONTRAST_SHARED(StatisticsTile<T>, tile);
@@ -179,32 +179,8 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int i = 0; i < OWN; ++i) {
     const int64_t row = walk.first_own + line + i * (THREADS / LANES_OF_ROW);
-    SoftmaxState s = merge(state[i], running[i].state());
-    double sum = (double)total[i];
-    int count = number[i], ranks = above[i];
-#pragma unroll
-    for (int distance = LANES_OF_ROW / 2; distance > 0; distance /= 2) {
-      SoftmaxState theirs;
-      theirs.max = __shfl_xor_sync(ALL_LANES, s.max, distance);
-      theirs.sum = __shfl_xor_sync(ALL_LANES, s.sum, distance);
-      theirs.weighted = __shfl_xor_sync(ALL_LANES, s.weighted, distance);
-      s = merge(s, theirs);
-      if (counts_all) {
-        sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-        count += __shfl_xor_sync(ALL_LANES, count, distance);
-        ranks += __shfl_xor_sync(ALL_LANES, ranks, distance);
-      }
-    }
-    if (lane != 0 || row >= m) continue;
-    if (splits.count == 1) {
-      write_statistics<T>(out, row, s, sum, count, ranks);
-      continue;
-    }
-    double* const part = out.state + split * 4 * m + row;
-    part[0] = s.max, part[m] = s.sum, part[2 * m] = s.weighted, part[3 * m] = sum;
-    if (!counts_all) continue;
-    out.counts[split * 2 * m + row] = count;
-    out.counts[(split * 2 + 1) * m + row] = ranks;
+    finish_row<T, LANES_OF_ROW>(out, splits, split, m, row, merge(state[i], running[i].state()),
+                                (double)total[i], number[i], above[i]);
   }
 }
 
@@ -286,7 +262,7 @@ __device__ __forceinline__ void weigh_tile(const Pairs& pairs, const ScoreGradie
 }
 
 template <bool is_dot, typename T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)
     point_gradients(const Pairs pairs, const ScoreGradients from, const SideGradient out,
                     const Splits splits, Walk<T> walk, const int parts) {
   using S = Sizes<T>;
@@ -402,9 +378,7 @@ bool statistics(const Pairs& pairs, const RowStatistics& out, Splits splits, Str
     FASTCONTRAST_LAUNCH(stream, blocks, THREADS, sizeof(StatisticsTile<T>),
                         (row_statistics<false, T>), pairs, out, splits, walk);
   }
-  if (splits.count == 1) return true;
-  FASTCONTRAST_LAUNCH(stream, blocks_for(m, THREADS), THREADS, 0, (merge_splits<T>), out, m,
-                      splits.count);
+  merge_statistics(out, pairs.type, m, splits, stream);
   return true;
 }
 
@@ -425,6 +399,17 @@ bool gradients(const Pairs& pairs, const ScoreGradients& from, const SideGradien
 }
 
 }  // namespace
+
+void merge_statistics(const RowStatistics& out, Scalar type, int64_t m, Splits splits,
+                      Stream stream) {
+  if (splits.count == 1) return;
+  const unsigned blocks = blocks_for(m, THREADS);
+  if (type == Scalar::float64) {
+    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, 0, (merge_splits<double>), out, m, splits.count);
+  } else {
+    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, 0, (merge_splits<float>), out, m, splits.count);
+  }
+}
 
 bool distance_softmax_statistics(const Pairs& pairs, const RowStatistics& out, Splits splits,
                                  Stream stream) {

@@ -79,12 +79,42 @@ struct RowLosses {
   void* column_grad;                         // [columns], zeros before; with c: c times its sigmoid
 };
 
+// How points are rounded for the matrix units: to one bfloat16 number, to 10 bits of mantissa, or
+// to two bfloat16 numbers.
+enum class Operand { bf16 = 0, tf32 = 1, bf16x3 = 2 };
+
+// The points of one side as the matrix units take them: rows of `width` elements, a multiple of 128
+// bytes, 0 beyond the dimension; float for Operand::tf32, else bfloat16.
+struct RoundedPoints {
+  void* values;
+  void* low;      // with Operand::bf16x3: what `values` leave over
+  float* sqnorm;  // [count], of what was rounded
+  int64_t width;
+};
+
+// The same pairs, with scores from products of rounded points. Only for T = float.
+struct RoundedPairs {
+  Pairs pairs;
+  Operand operand;
+  RoundedPoints rows, columns;
+};
+
+// Fills `to` with the points less `mean` (float [dim], or null), rounded.
+bool round_points(const PointSet&, Scalar type, int64_t dim, const void* mean, Operand,
+                  const RoundedPoints& to, Stream);
+// As those without "tensor"; gradients are added to what is there, and so zeros before.
+bool tensor_statistics(const RoundedPairs&, const RowStatistics&, Splits, Stream);
+bool tensor_gradients(const RoundedPairs&, const ScoreGradients&, const SideGradient&, Splits,
+                      Stream);
+
 // All return false for a type of points without a kernel. The kernels of statistics and gradients
 // are launched even for points without coordinates; no side may be empty.
 bool distance_softmax_statistics(const Pairs&, const RowStatistics&, Splits, Stream);
 bool distance_softmax_gradients(const Pairs&, const ScoreGradients&, const SideGradient&, Splits,
                                 Stream);
 bool distance_softmax_losses(const Pairs&, const RowLosses&, Stream);
+// Statistics of m rows from the state that several splits left; nothing to do for one.
+void merge_statistics(const RowStatistics&, Scalar type, int64_t m, Splits, Stream);
 
 }  // namespace cuda
 }  // namespace fastcontrast

@@ -3,6 +3,7 @@
 #include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
 #include "arguments.h"
 #include "cuda/bindings.h"
@@ -42,6 +43,20 @@ Pairs pairs_from(const PairArguments& arguments) {
           at<const std::int64_t>(column_ids)};
 }
 
+// Operand, rounded rows, rounded columns: (values, low, norms, width) each.
+using Rounded = std::tuple<Address, Address, Address, std::int64_t>;
+using RoundedSides = std::tuple<int, Rounded, Rounded>;
+
+RoundedPoints rounded_from(const Rounded& rounded) {
+  const auto& [values, low, sqnorm, width] = rounded;
+  return {at<void>(values), at<void>(low), at<float>(sqnorm), width};
+}
+
+RoundedPairs rounded_pairs_from(const Pairs& pairs, const RoundedSides& sides) {
+  const auto& [operand, rows, columns] = sides;
+  return {pairs, static_cast<Operand>(operand), rounded_from(rows), rounded_from(columns)};
+}
+
 void check(bool launched) {
   if (!launched) throw std::invalid_argument("no CUDA kernel for this dtype of points");
 }
@@ -50,6 +65,7 @@ using Where = std::pair<int, Address>;
 using Parts = std::array<std::int64_t, 2>;
 
 void statistics_entry(const PairArguments& of, const Where& where, const Parts& splits,
+                      const std::optional<RoundedSides>& rounded,
                       const std::array<Address, 6>& results, Address threshold, Address state,
                       Address counts) {
   const Pairs pairs = pairs_from(of);
@@ -59,11 +75,14 @@ void statistics_entry(const PairArguments& of, const Where& where, const Parts& 
                              at<std::int64_t>(results[5]), at<double>(state),
                              at<std::int64_t>(counts)};
   const Stream stream{where.first, at<void>(where.second)};
+  const Splits parts{splits[0], splits[1]};
   py::gil_scoped_release release;
-  check(distance_softmax_statistics(pairs, out, {splits[0], splits[1]}, stream));
+  check(rounded ? tensor_statistics(rounded_pairs_from(pairs, *rounded), out, parts, stream)
+                : distance_softmax_statistics(pairs, out, parts, stream));
 }
 
 void gradients_entry(const PairArguments& of, const Where& where, const Parts& splits,
+                     const std::optional<RoundedSides>& rounded,
                      const std::array<Address, 10>& terms, bool owns_rows, Address grad,
                      Address product) {
   const Pairs pairs = pairs_from(of);
@@ -72,8 +91,10 @@ void gradients_entry(const PairArguments& of, const Where& where, const Parts& s
   const ScoreGradients from = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]};
   const SideGradient out = {owns_rows, at<void>(grad), at<double>(product)};
   const Stream stream{where.first, at<void>(where.second)};
+  const Splits parts{splits[0], splits[1]};
   py::gil_scoped_release release;
-  check(distance_softmax_gradients(pairs, from, out, {splits[0], splits[1]}, stream));
+  check(rounded ? tensor_gradients(rounded_pairs_from(pairs, *rounded), from, out, parts, stream)
+                : distance_softmax_gradients(pairs, from, out, parts, stream));
 }
 
 void losses_entry(const PairArguments& of, const Where& where, const std::array<Address, 8>& terms,
@@ -98,12 +119,23 @@ void losses_entry(const PairArguments& of, const Where& where, const std::array<
   check(distance_softmax_losses(pairs, losses, stream));
 }
 
+void round_points_entry(const Side& given, int type, std::int64_t dim, Address mean, int operand,
+                        const Rounded& to, const Where& where) {
+  const PointSet points = points_from(given);
+  const RoundedPoints rounded = rounded_from(to);
+  const Stream stream{where.first, at<void>(where.second)};
+  py::gil_scoped_release release;
+  check(round_points(points, static_cast<Scalar>(type), dim, at<const void>(mean),
+                     static_cast<Operand>(operand), rounded, stream));
+}
+
 }  // namespace
 
 void bind_distance_softmax(py::module_& m) {
   m.def("distance_softmax_statistics", &statistics_entry);
   m.def("distance_softmax_gradients", &gradients_entry);
   m.def("distance_softmax_losses", &losses_entry);
+  m.def("round_points", &round_points_entry);
 }
 
 }  // namespace cuda

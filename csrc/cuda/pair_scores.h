@@ -179,5 +179,34 @@ FC_INLINE void write_statistics(const RowStatistics& out, int64_t row, SoftmaxSt
   if (out.rank) out.rank[row] = above;
 }
 
+// Merges what LANES adjacent lanes have seen of a row; the first of them writes the results, or the
+// state of this split of the columns.
+template <typename T, int LANES>
+static __device__ __forceinline__ void finish_row(const RowStatistics& out, Splits splits,
+                                                  int64_t split, int64_t m, int64_t row,
+                                                  SoftmaxState state, double total, int number,
+                                                  int above) {
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) {
+    SoftmaxState theirs;
+    theirs.max = __shfl_xor_sync(ALL_LANES, state.max, distance);
+    theirs.sum = __shfl_xor_sync(ALL_LANES, state.sum, distance);
+    theirs.weighted = __shfl_xor_sync(ALL_LANES, state.weighted, distance);
+    state = merge(state, theirs);
+    total += __shfl_xor_sync(ALL_LANES, total, distance);
+    number += __shfl_xor_sync(ALL_LANES, number, distance);
+    above += __shfl_xor_sync(ALL_LANES, above, distance);
+  }
+  if (threadIdx.x % LANES != 0 || row >= m) return;
+  if (splits.count == 1) {
+    write_statistics<T>(out, row, state, total, number, above);
+    return;
+  }
+  double* const part = out.state + split * 4 * m + row;
+  part[0] = state.max, part[m] = state.sum, part[2 * m] = state.weighted, part[3 * m] = total;
+  out.counts[split * 2 * m + row] = number;
+  out.counts[(split * 2 + 1) * m + row] = above;
+}
+
 }  // namespace cuda
 }  // namespace fastcontrast

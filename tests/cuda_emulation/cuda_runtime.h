@@ -308,6 +308,7 @@ inline void* dynamic_shared() { return machine().shared_begin; }
 #define FASTCONTRAST_SHARED(type, name) \
   type* const name = static_cast<type*>(::cuda_emulation::dynamic_shared())
 
+inline int __ffs(unsigned bits) { return __builtin_ffs((int)bits); }
 inline void __syncthreads() { cuda_emulation::wait(cuda_emulation::Wait::block); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { cuda_emulation::exchange(mask, 0); }
 

@@ -8,7 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "cuda/async_copy.h"
 #include "cuda/launch.h"
+#include "cuda/mma.h"
 
 namespace cuda_emulation {
 
@@ -44,7 +46,7 @@ __global__ void half_a_warp_shuffles(const int*, int* out) {
 
 __global__ void writes_beyond_shared(const int*, int* out) {
   FASTCONTRAST_SHARED(int, staged);
-  staged[threadIdx.x + 1] = 1;
+  staged[threadIdx.x + PROBE_THREADS + 1] = 1;
   out[threadIdx.x] = 1;
 }
 
@@ -52,10 +54,62 @@ __global__ void loads_unaligned(const int* in, int* out) {
   out[threadIdx.x] = fastcontrast::cuda::load_pack<int, 4>(in + 1).item[0];
 }
 
+// Each thread its own number, the second half of the threads in a group of copies of its own.
+template <int pending>
+__global__ void copies_asynchronously(const int* in, int* out) {
+  FASTCONTRAST_SHARED(int, staged);
+  const int i = (int)threadIdx.x;
+  fastcontrast::cuda::async_copy<4>(staged + i, in + i, i == 5 ? 0 : 4);
+  fastcontrast::cuda::async_commit();
+  if (i < PROBE_THREADS / 2) fastcontrast::cuda::async_commit();
+  fastcontrast::cuda::async_wait<pending>();
+  out[blockIdx.x * PROBE_THREADS + i] = staged[i];
+}
+
+// Per warp: words of A in place of numbers, B with ones in row k and column n of `in[0]`, `in[1]`:
+// column n of the result is column k of A, one word in `out` for each thread's four sums.
+template <bool tf32>
+__global__ void multiplies(const int* in, int* out) {
+  const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4, k = in[0], n = in[1];
+  const int rows[4] = {g, g + 8, g, g + 8}, words[4] = {t, t, t + 4, t + 4};
+  uint32_t a[4], b[2];
+  for (int i = 0; i < 4; ++i) {  // a number for each place, exact in bfloat16: 16 row + k
+    const int first = 16 * rows[i] + (tf32 ? words[i] : 2 * words[i]);
+    const auto bits = [](int value) { return fastcontrast::bits_of_float((float)value); };
+    a[i] = tf32 ? bits(first) : (bits(first + 1) & 0xFFFF0000u) | bits(first) >> 16;
+  }
+  for (int i = 0; i < 2; ++i) {
+    const int word = words[2 * i], here = g == n;
+    const uint32_t one = fastcontrast::bits_of_float(1.0f);
+    if (tf32) {
+      b[i] = here && word == k ? one : 0;
+    } else {
+      b[i] = here && word == k / 2 ? (k % 2 ? one : one >> 16) : 0;
+    }
+  }
+  float c[4] = {0.5f, 0.5f, 0.5f, 0.5f};
+  if constexpr (tf32) {
+    fastcontrast::cuda::multiply_tf32(c, a, b);
+  } else {
+    fastcontrast::cuda::multiply_bf16(c, a, b);
+  }
+  for (int i = 0; i < 4; ++i) out[4 * (threadIdx.x % 32) + i] = (int)(2 * c[i]);
+}
+
+// Four 8 × 8 matrices of 16-bit numbers that count up.
+__global__ void loads_transposed(const int*, int* out) {
+  FASTCONTRAST_SHARED(uint16_t, matrix);
+  for (int i = (int)threadIdx.x; i < 256; i += PROBE_THREADS) matrix[i] = (uint16_t)i;
+  __syncthreads();
+  uint32_t words[4];
+  fastcontrast::cuda::load_transposed(words, matrix + 8 * (threadIdx.x % 32));
+  for (int i = 0; i < 4; ++i) out[4 * (threadIdx.x % 32) + i] = (int)words[i];
+}
+
 inline std::vector<int> probe(const std::string& name, const std::vector<int>& in) {
   std::vector<int> out(3 * in.size(), -1);
   const fastcontrast::cuda::Stream stream{0, nullptr};
-  const size_t shared = PROBE_THREADS * sizeof(int);
+  const size_t shared = 2 * PROBE_THREADS * sizeof(int);
   const unsigned blocks = (unsigned)(in.size() / PROBE_THREADS);
 #define PROBE(kernel)                                                                          \
   if (name == #kernel) {                                                                       \
@@ -69,6 +123,12 @@ inline std::vector<int> probe(const std::string& name, const std::vector<int>& i
   PROBE(half_a_warp_shuffles)
   PROBE(writes_beyond_shared)
   PROBE(loads_unaligned)
+  PROBE(copies_asynchronously<0>)
+  PROBE(copies_asynchronously<1>)
+  PROBE(copies_asynchronously<2>)
+  PROBE(multiplies<true>)
+  PROBE(multiplies<false>)
+  PROBE(loads_transposed)
 #undef PROBE
   throw std::invalid_argument("no probe " + name);
 }

@@ -1,9 +1,10 @@
 """`distance_softmax` on CUDA in C++: row statistics, gradients of either side, losses with both.
 
-The kernels are csrc/cuda/distance_softmax.cu and csrc/cuda/softmax_loss.cu. They take the points
-where they lie, in any layout, and every distance as the norm of a difference: nothing is centred or
-prepared, so that a loss with its gradients is four launches. Memory is O((M+N)·D). Called by
-distance_softmax.py of this folder.
+The kernels of csrc/cuda/distance_softmax.cu and softmax_loss.cu take the points where they lie, in
+any layout, and every distance as the norm of a difference: nothing is centred or prepared, so that
+a loss with its gradients is four launches. Where rounded products are allowed and are many,
+round_points.cu centres and rounds both sides, and distance_softmax_tensor.cu multiplies them in
+matrix units. Memory is O((M+N)·D). Called by distance_softmax.py of this folder.
 """
 
 from __future__ import annotations
@@ -31,15 +32,31 @@ from fastcontrast.backends.scores import (
     transposed,
 )
 
-# Of csrc/cuda/point_tiles.h: points that a block owns, and points of the other side in a tile.
-OWNERS = 32
-OTHERS = {torch.float32: 64, torch.float64: 32}
-# Coordinates of a gradient that one block takes (distance_softmax.cu).
-PART = {torch.float32: 256, torch.float64: 128}
+# Multiplications of a product, M·N·D, from which matrix units are used where rounding is allowed:
+# below, differences in float32 take less time than rounding both sides first.
+TENSOR_MINIMUM = 1 << 27
 # Blocks per multiprocessor that a launch should have; fewer owners share out the other side.
 BLOCKS_PER_PROCESSOR = 3
 # Tiles that a block should at least have to do: more splits would cost more than they bring.
 TILES_PER_SPLIT = 2
+
+
+class _Tile(NamedTuple):
+    """Of csrc/cuda: points that a block owns, others in a tile, coordinates of a gradient."""
+
+    owners: int
+    others: int
+    part: int
+
+
+TILES = {
+    "float32": _Tile(32, 64, 256),
+    "float64": _Tile(32, 32, 128),
+    "bf16": _Tile(64, 64, 128),
+    "tf32": _Tile(64, 64, 128),
+    "bf16x3": _Tile(64, 32, 128),
+}
+OPERANDS = ("bf16", "tf32", "bf16x3")  # as csrc/cuda/distance_softmax.h numbers them
 
 
 def distance_softmax_forward(
@@ -85,7 +102,7 @@ def softmax_loss(
     a, b, c = (None if w is None else w.detach().to(acc).contiguous() for w in weights)
     columns = column_grad = None
     if c is not None:  # the other direction of a symmetric loss
-        columns = _statistics(_Pairs(y, x, transposed(scores, n)), None, False)
+        columns = _statistics(pairs.exchanged(transposed(scores, n)), None, False)
         column_grad = x.new_zeros(n, dtype=acc)
     loss, grad_lse, grad_positive = x.new_empty(3, m, dtype=acc)
     column_lse = (None, None) if columns is None else columns[:2]
@@ -114,10 +131,48 @@ class _Terms(NamedTuple):
     column_grad: Tensor | None = None
 
 
+class _Rounded(NamedTuple):
+    """One side as matrix units take it: `RoundedPoints` of csrc/cuda/distance_softmax.h."""
+
+    values: Tensor
+    low: Tensor | None
+    sqnorm: Tensor
+
+    @classmethod
+    def empty(cls, points: Tensor, operand: str) -> _Rounded:
+        """Memory for points [K, D]; rows are filled up to whole 128 bytes."""
+        dtype = torch.float32 if operand == "tf32" else torch.bfloat16
+        stage = 128 // dtype.itemsize
+        shape = (points.shape[0], -(-points.shape[1] // stage) * stage)
+        values = points.new_empty(shape, dtype=dtype)
+        low = torch.empty_like(values) if operand == "bf16x3" else None
+        return cls(values, low, points.new_empty(shape[0], dtype=torch.float32))
+
+    @property
+    def argument(self) -> tuple[int, int, int, int]:
+        """As the C++ functions take it."""
+        addresses = self.values.data_ptr(), _address(self.low), self.sqnorm.data_ptr()
+        return (*addresses, self.values.shape[1])
+
+
+def _operand(x: Tensor, y: Tensor, precision: str) -> str | None:
+    """One of OPERANDS, or None for float32 and float64 without rounding.
+
+    Half points lose nothing: float16 has no more bits than tf32, and the smaller exponent.
+    """
+    if x.shape[0] * y.shape[0] * x.shape[1] < TENSOR_MINIMUM:
+        return None
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return "bf16" if x.dtype == torch.bfloat16 else "tf32"
+    return None if x.dtype == torch.float64 or precision == "ieee" else precision
+
+
 class _Pairs:
     """Points and mask of a call, as the C++ functions take them."""
 
-    def __init__(self, x: Tensor, y: Tensor, scores: Scores) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, scores: Scores, rounded: list[_Rounded] | None = None
+    ) -> None:
         self.x, self.y = x.detach().resolve_neg(), y.detach().resolve_neg()
         self.acc = accumulator_dtype(x.dtype)
         self.scale = scores.scale
@@ -130,6 +185,13 @@ class _Pairs:
         )
         self.kernels = devices.kernels(x)
         self.workers = devices.workers(x, 1)
+        operand = _operand(x, y, scores.precision)
+        self.tile = TILES[operand or ("float64" if x.dtype == torch.float64 else "float32")]
+        self.rounded, self.rounded_sides = rounded, None
+        if operand is not None:
+            if self.rounded is None:
+                self.rounded = self.round(operand, scores.metric)
+            self.rounded_sides = (OPERANDS.index(operand), *(r.argument for r in self.rounded))
         on_device = isinstance(self.scale, Tensor)
         self.arguments = (
             (self.x.data_ptr(), x.shape[0], *self.x.stride()),
@@ -146,14 +208,31 @@ class _Pairs:
             _address(self.column_ids),
         )
 
+    def exchanged(self, scores: Scores) -> _Pairs:
+        """Of y against x, with scores that are these transposed."""
+        return _Pairs(self.y, self.x, scores, self.rounded and self.rounded[::-1])
+
+    def round(self, operand: str, metric: str) -> list[_Rounded]:
+        """Both sides, less the mean of the columns where float32 points have distances."""
+        centred = metric != "dot" and self.x.dtype == torch.float32
+        mean = self.y.mean(0) if centred else None
+        found = []
+        for side in (self.x, self.y):
+            to = _Rounded.empty(side, operand)
+            self.kernels.round_points(
+                (side.data_ptr(), side.shape[0], *side.stride()), SCALARS[side.dtype],
+                side.shape[1], _address(mean), OPERANDS.index(operand), to.argument, self.workers,
+            )  # fmt: skip
+            found.append(to)
+        return found
+
     def splits(self, owners: int, others: int, parts: int) -> tuple[int, int]:
         """Parts of the other side for which blocks of their own run, and the size of one."""
-        tile = OTHERS[self.acc]
-        tiles = -(-others // tile)
+        tiles = -(-others // self.tile.others)
         wanted = BLOCKS_PER_PROCESSOR * devices.processors(self.x)
-        blocks = -(-owners // OWNERS) * parts
+        blocks = -(-owners // self.tile.owners) * parts
         count = max(1, min(wanted // blocks, tiles // TILES_PER_SPLIT))
-        size = -(-tiles // count) * tile
+        size = -(-tiles // count) * self.tile.others
         return -(-others // size), size
 
 
@@ -171,6 +250,7 @@ def _statistics(pairs: _Pairs, threshold: Tensor | None, score_sum: bool) -> Sta
         pairs.arguments,
         pairs.workers,
         splits,
+        pairs.rounded_sides,
         tuple(map(_address, out)),
         _address(limit),
         _address(state),
@@ -204,15 +284,18 @@ def _side(
     """Gradient of the rows or of the columns, and Σ ∂L/∂s · t of each if asked for."""
     own, other = (pairs.x, pairs.y) if rows else (pairs.y, pairs.x)
     count, dim = own.shape
-    parts = max(1, -(-dim // PART[pairs.acc])) if needs_points else 1
+    parts = max(1, -(-dim // pairs.tile.part)) if needs_points else 1
     splits = pairs.splits(count, other.shape[0], parts)
     shape = (splits[0], count, dim) if needs_points else (0,)
-    grad = own.new_empty(shape, dtype=pairs.acc)
+    # Matrix units add to what is there: near pairs come first.
+    make = own.new_empty if pairs.rounded is None else own.new_zeros
+    grad = make(shape, dtype=pairs.acc)
     product = own.new_empty(splits[0], count, dtype=torch.float64) if needs_product else None
     pairs.kernels.distance_softmax_gradients(
         pairs.arguments,
         pairs.workers,
         splits,
+        pairs.rounded_sides,
         tuple(map(_address, terms)),
         rows,
         _address(grad),

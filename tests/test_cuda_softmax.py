@@ -1,0 +1,142 @@
+"""What is the CUDA kernels' own in `distance_softmax`: splits, matrix units, the choice of kernels.
+
+The conformance suite is the other half. In the emulation, which shows addresses, barriers, masks
+and the rounding of operands and weights, not the sums of a matrix unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import cuda_emulation
+import pytest
+import torch
+from cases import METRICS, Case, case
+from test_distance_softmax import GRADIENTS, VALUES, evaluate
+from tolerances import GRADIENT_FLOOR, VALUE_FLOOR, assert_within_budget, relative_error
+from torch import Tensor
+
+import fastcontrast as fc
+from fastcontrast.backends import native
+
+REASON = cuda_emulation.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+# Half a unit in the last place of the mantissa kept.
+ROUNDING = {"tf32": 2.0**-11, "bf16x3": 2.0**-16, "bf16": 2.0**-8}
+
+
+@pytest.fixture(autouse=True)
+def _emulated() -> Iterator[None]:
+    with cuda_emulation.active():
+        yield
+
+
+@pytest.fixture
+def matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded products wherever they are allowed, as in large problems."""
+    monkeypatch.setattr(native.distance_softmax_cuda, "TENSOR_MINIMUM", 0)
+
+
+@pytest.fixture
+def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few owners on a large GPU: blocks share out the other side, and their parts are merged."""
+    monkeypatch.setattr(native.distance_softmax_cuda, "BLOCKS_PER_PROCESSOR", 1000)
+    monkeypatch.setattr(native.distance_softmax_cuda, "TILES_PER_SPLIT", 1)
+
+
+def assert_conforms(c: Case, dtype: torch.dtype, metric: str, layout: str = "contiguous") -> None:
+    truth = evaluate(c, torch.float64, metric, "reference")
+    eager = evaluate(c, dtype, metric, "reference")
+    result = evaluate(c, dtype, metric, "native", layout)
+    for names, floor in ((VALUES, VALUE_FLOOR[dtype]), (GRADIENTS, GRADIENT_FLOOR[dtype])):
+        for name in names:
+            assert_within_budget(name, result[name], truth[name], eager[name], floor)
+    assert torch.equal(result["count"], truth["count"])
+    assert (result["rank"] - truth["rank"]).abs().sum() <= 1  # a score at the threshold
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_splits_of_the_other_side(metric: str, dtype: torch.dtype, many_blocks: None) -> None:
+    assert_conforms(case("ragged", "different and diagonal", dtype), dtype, metric)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "dot"])
+@pytest.mark.parametrize("mask", ["two excluded", "same"])
+def test_half_points_in_matrix_units(
+    mask: str, metric: str, dtype: torch.dtype, matrix_units: None, many_blocks: None
+) -> None:
+    """Their products are exact, so only weights are rounded: the budget of every backend."""
+    layout = "sliced" if mask == "same" else "contiguous"
+    assert_conforms(case("ragged", mask, dtype), dtype, metric, layout)
+
+
+@pytest.mark.parametrize("precision", ROUNDING)
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "dot"])
+def test_gradients_at_lower_precision(metric: str, precision: str, matrix_units: None) -> None:
+    """Those of the rounded points, up to the rounding of the weights and of the points."""
+    x, y = torch.randn(70, 150), torch.randn(90, 150)  # two blocks of coordinates
+    found = []
+    for backend, chosen in (("native", precision), ("reference", "ieee")):
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+        r = fc.distance_softmax(a, b, metric=metric, scale=0.3, precision=chosen, backend=backend)
+        found.append(torch.autograd.grad((r.lse + 0.3 * r.entropy).sum(), [a, b]))
+    # A score of size s moves by s·unit, and s reaches 120 for squares and products.
+    limit = ROUNDING[precision] * (10 if metric == "l2" else 120)
+    for mine, true in zip(*found, strict=True):
+        assert relative_error(mine, true) < limit
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("precision", ROUNDING)
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "dot"])
+def test_losses_with_near_pairs(
+    metric: str, precision: str, symmetric: bool, matrix_units: None
+) -> None:
+    """Positives, and pairs that are nobody's positives, at a distance that rounding would drown."""
+    x = torch.randn(40, 24)
+    y = torch.cat([x + 1e-4 * torch.randn(40, 24), torch.randn(33, 24)])
+    y[50:60] = x[20:30] + 1e-3 * torch.randn(10, 24)
+    found = []
+    for dtype, backend in ((torch.float32, "native"), (torch.float64, "reference")):
+        a, b = x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
+        loss = fc.info_nce_loss(
+            a, b, metric=metric, temperature=3.0, symmetric=symmetric, precision=precision,
+            backend=backend,
+        ) if dtype == torch.float32 else fc.info_nce_loss(
+            a, b, metric=metric, temperature=3.0, symmetric=symmetric, backend=backend
+        )  # fmt: skip
+        found.append([loss, *torch.autograd.grad(loss, [a, b])])
+    # Scores reach 20 here; near pairs, the largest part of the gradient, are not rounded.
+    for mine, true in zip(*found, strict=True):
+        assert relative_error(mine, true) < 20 * ROUNDING[precision]
+
+
+def test_results_do_not_depend_on_the_order_of_threads(
+    matrix_units: None, many_blocks: None
+) -> None:
+    x, y = torch.randn(40, 40), torch.randn(70, 40)
+    y[5:30] = x[5:30] + 1e-4
+    rows: list[list[Tensor]] = []
+    for order in (0, 1, 2):
+        row = []
+        for precision in ("ieee", *ROUNDING):
+            with cuda_emulation.active(order):
+                a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+                loss = fc.info_nce_loss(a, b, symmetric=True, precision=precision, backend="native")
+                row += [loss.detach(), *torch.autograd.grad(loss, [a, b])]
+        rows.append(row)
+    for row in rows[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(rows[0], row, strict=True))
+
+
+def test_what_is_not_finite_stays_alone_in_matrix_units(matrix_units: None) -> None:
+    x, y = torch.randn(70, 20), torch.randn(66, 20)
+    x[3, 4], x[5, 6], y[7, 8] = torch.nan, torch.inf, torch.inf
+    lse = fc.distance_softmax(x, y, precision="tf32", backend="native").lse
+    finite = [i not in (3, 5) for i in range(70)]
+    assert torch.isfinite(lse).tolist() == finite
+    others = torch.cat([y[:7], y[8:]])
+    truth = fc.distance_softmax(x[finite].double(), others.double(), backend="reference").lse
+    assert relative_error(lse[finite], truth) < ROUNDING["tf32"]
