@@ -7,11 +7,13 @@ operations of the inner loop, and per launch the bytes that cross the memory and
 limit is the largest of these times: everything else overlaps it perfectly. The prediction is their
 sum for the units of a multiprocessor, as if nothing overlapped inside one program, halved where two
 programs are resident: between the two lies what a GPU will show. Nothing here was measured.
+Below the table: up to which size the CUDA C++ kernels should be faster than Triton's.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from typing import NamedTuple
 
 
@@ -65,6 +67,30 @@ def launch_time(
     return Time(limit, max(limit, in_program / min(resident, 2), cache))
 
 
+# A loss with its gradients by differences (csrc/cuda/distance_softmax.cu): lane operations for each
+# of the M·N·D products, 2 for the scores and 4 for either gradient, at half of the peak; and calls
+# of kernels and operators of both backends, counted in their sources, at a host's 4 µs each.
+LANES_OF_PRODUCT = 10
+CALLS = {"native": 8, "triton": 50}
+CALL = 4e-6
+
+
+def differences_time(device: Device, products: float) -> float:
+    """Seconds that the lanes take for a loss with its gradients by differences."""
+    return LANES_OF_PRODUCT * products / (device.lanes / 2)
+
+
+def small_problem(device: Device) -> float:
+    """M·N·D at which that is what the calls take that Triton's way has more."""
+    saved = (CALLS["triton"] - CALLS["native"]) * CALL
+    return saved / differences_time(device, 1.0)
+
+
+def few_columns(device: Device) -> float:
+    """N at which differences take as long as memory does, for four reads or writes of the rows."""
+    return 16.0 / device.memory / differences_time(device, 1.0)
+
+
 def table(points: int, dims: tuple[int, ...], metrics: tuple[str, ...]) -> str:
     """Markdown table of forward and backward, and the ratio of the 8MND GEMMs to it."""
     lines = [
@@ -96,6 +122,12 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=32768)
     options = parser.parse_args()
     print(table(options.points, (64, 128, 256), tuple(SCORE)))
+    print(
+        "\nBy differences, in CUDA C++, where it is faster than Triton's launches, or memory-bound:"
+    )
+    for device in DEVICES:
+        size, columns = small_problem(device), few_columns(device)
+        print(f"{device.name}: up to M·N·D = 2^{math.log2(size):.1f}, or {columns:.0f} columns")
 
 
 if __name__ == "__main__":

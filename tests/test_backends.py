@@ -90,6 +90,7 @@ def test_why_a_cuda_tensor_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     def reason(op: str, x: Tensor = tensor) -> str | None:
         return backends.why_not("native", op, x)
 
+    monkeypatch.delitem(native.CUDA_DTYPES, "distance_softmax")
     assert reason("distance_softmax") == (
         "distance_softmax has a C++ kernel for CPU tensors only, got a cuda tensor"
     )
@@ -108,6 +109,26 @@ def test_why_a_cuda_tensor_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
         "extract_patches has no CUDA kernel for torch.int32"
     )
     native.devices._architecture_problem.cache_clear()
+
+
+def test_large_problems_on_cuda_are_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        few, many, wide = (torch.empty(n, 128, device="cuda") for n in (16, 1025, 1 << 20))
+    monkeypatch.setattr(native, "why_not", lambda op, tensor: None)
+    monkeypatch.setattr(triton, "why_not", lambda op, tensor: None)
+
+    def chosen(x: Tensor, y: Tensor, op: str = "distance_softmax") -> str:
+        return backends.resolve(op, x, others=y)
+
+    assert chosen(many, many[:1023]) == "native"  # 1025 · 1023 is less than 2^20
+    assert chosen(wide, few) == "native"
+    assert chosen(many, many) == "triton"
+    assert chosen(many, many, "triplet_distances") == "native"
+    assert backends.resolve("distance_softmax", many, "native", others=many) == "native"
+    cpu = torch.empty(1, 1).expand(1 << 20, 128)
+    assert chosen(cpu, cpu) == "native"
+    monkeypatch.setattr(triton, "why_not", lambda op, tensor: "not installed")
+    assert chosen(many, many) == "native"
 
 
 def test_an_error_in_a_backend_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

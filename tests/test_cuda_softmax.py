@@ -17,10 +17,10 @@ from tolerances import GRADIENT_FLOOR, VALUE_FLOOR, assert_within_budget, relati
 from torch import Tensor
 
 import fastcontrast as fc
-from fastcontrast.backends import native
 
 REASON = cuda_emulation.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+KERNELS = "fastcontrast.backends.native.distance_softmax_cuda"
 # Half a unit in the last place of the mantissa kept.
 ROUNDING = {"tf32": 2.0**-11, "bf16x3": 2.0**-16, "bf16": 2.0**-8}
 
@@ -34,14 +34,14 @@ def _emulated() -> Iterator[None]:
 @pytest.fixture
 def matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded products wherever they are allowed, as in large problems."""
-    monkeypatch.setattr(native.distance_softmax_cuda, "TENSOR_MINIMUM", 0)
+    monkeypatch.setattr(KERNELS + ".TENSOR_MINIMUM", 0)
 
 
 @pytest.fixture
 def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few owners on a large GPU: blocks share out the other side, and their parts are merged."""
-    monkeypatch.setattr(native.distance_softmax_cuda, "BLOCKS_PER_PROCESSOR", 1000)
-    monkeypatch.setattr(native.distance_softmax_cuda, "TILES_PER_SPLIT", 1)
+    monkeypatch.setattr(KERNELS + ".BLOCKS_PER_PROCESSOR", 1000)
+    monkeypatch.setattr(KERNELS + ".TILES_PER_SPLIT", 1)
 
 
 def assert_conforms(c: Case, dtype: torch.dtype, metric: str, layout: str = "contiguous") -> None:

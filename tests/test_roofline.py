@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import roofline
+from fastcontrast.backends import native
 
 
 @pytest.mark.parametrize("device", roofline.DEVICES, ids=lambda d: d.name)
@@ -30,3 +31,10 @@ def test_special_functions_bound_small_dimensions() -> None:
 def test_the_table_has_every_device() -> None:
     text = roofline.table(1024, (64,), ("l2",))
     assert all(device.name in text for device in roofline.DEVICES)
+
+
+@pytest.mark.parametrize("device", roofline.DEVICES, ids=lambda d: d.name)
+def test_the_choice_of_cuda_kernels_is_what_the_model_says(device: roofline.Device) -> None:
+    """Within a factor of five, for want of a measurement, on GPUs this unlike."""
+    assert 1 / 5 < native.SMALL_ON_CUDA / roofline.small_problem(device) < 5
+    assert 1 / 5 < native.FEW_COLUMNS / roofline.few_columns(device) < 5

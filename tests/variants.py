@@ -114,8 +114,9 @@ def worth_interpreting(item: Any) -> bool:
 def worth_emulating(item: Any) -> bool:
     """Whether to run this test, if it is one of emulated kernels: all but the pairwise are fast."""
     variant = _parameters(item).get("backend")
-    slow = isinstance(variant, Variant) and variant.device == "emulated_cuda"
-    return not slow or variant.op != "distance_softmax" or _is_a_regime(item)
+    if not isinstance(variant, Variant) or variant.device != "emulated_cuda":
+        return True
+    return variant.op != "distance_softmax" or _is_a_regime(item)
 
 
 def _parameters(item: Any) -> dict[str, Any]:

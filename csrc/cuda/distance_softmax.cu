@@ -385,6 +385,7 @@ bool statistics(const Pairs& pairs, const RowStatistics& out, Splits splits, Str
 template <typename T>
 bool gradients(const Pairs& pairs, const ScoreGradients& from, const SideGradient& out,
                Splits splits, Stream stream) {
+  static_assert(sizeof(GradientTile<T>) <= 48 << 10, "more would have to be asked for");
   const Walk<T> walk = walk_of<T>(pairs, out.owns_rows);
   const int parts = out.grad && walk.chunks > 0 ? (walk.chunks + PARTS - 1) / PARTS : 1;
   const unsigned blocks = blocks_for(walk.own.count, OWNERS) * (unsigned)(splits.count * parts);

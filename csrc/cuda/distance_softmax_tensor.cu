@@ -296,6 +296,8 @@ __global__ void __launch_bounds__(TENSOR_THREADS, 2)
   }
 }
 
+constexpr size_t MOST_SHARED = 48 << 10;  // without asking for more
+
 template <Operand kind>
 void statistics(const RoundedPairs& of, const RowStatistics& out, Splits splits, Stream stream) {
   const unsigned blocks = blocks_for(of.pairs.rows.count, TENSOR_OWNERS) * (unsigned)splits.count;
@@ -308,6 +310,7 @@ void statistics(const RoundedPairs& of, const RowStatistics& out, Splits splits,
 template <Operand kind>
 void gradients(const RoundedPairs& of, const ScoreGradients& from, const SideGradient& out,
                Splits splits, Stream stream) {
+  static_assert(sizeof(TensorTile<kind, true>) <= MOST_SHARED);
   const TensorWalk<kind> walk = walk_of<kind>(of, out.owns_rows);
   constexpr int PARTS = Shape<kind>::PARTS;
   const int parts = out.grad && walk.chunks > 0 ? (walk.chunks + PARTS - 1) / PARTS : 1;

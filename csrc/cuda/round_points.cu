@@ -16,7 +16,7 @@ namespace {
 constexpr int ROWS = TENSOR_THREADS / WARP;  // points of a block at a time
 
 template <Operand kind, typename Given>
-__global__ void __launch_bounds__(TENSOR_THREADS)
+__global__ void __launch_bounds__(TENSOR_THREADS, 8)
     round_rows(const PointSet points, const int64_t dim, const float* mean,
                const RoundedPoints to) {
   using Element = typename Unit<kind>::Element;

@@ -33,7 +33,9 @@ def why_not(backend: str, op: str, tensor: Tensor) -> str | None:
     return BACKENDS[backend].why_not(op, tensor)
 
 
-def resolve(op: str, tensor: Tensor, backend: str | None = None) -> str:
+def resolve(
+    op: str, tensor: Tensor, backend: str | None = None, *, others: Tensor | None = None
+) -> str:
     """Name of the backend that runs ``op`` on tensors like ``tensor``.
 
     Args:
@@ -41,6 +43,7 @@ def resolve(op: str, tensor: Tensor, backend: str | None = None) -> str:
         tensor: A tensor of the call; its device and dtype decide.
         backend: A name asks for that backend alone; None takes the fastest that can run, those in
             :data:`ONLY_BY_NAME` left out.
+        others: The columns of a pairwise op: with them its size decides as well.
 
     Raises:
         ValueError: If ``backend`` is not the name of a backend.
@@ -50,7 +53,7 @@ def resolve(op: str, tensor: Tensor, backend: str | None = None) -> str:
         for name, module in BACKENDS.items():
             unasked = (name, tensor.device.type) not in ONLY_BY_NAME
             if unasked and module.why_not(op, tensor) is None:
-                return name
+                return _faster(name, op, tensor, others)
         raise RuntimeError(
             f"no backend runs {op} on {tensor.device.type} tensors of {tensor.dtype}"
         )
@@ -60,6 +63,14 @@ def resolve(op: str, tensor: Tensor, backend: str | None = None) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run {op} here: {reason}")
     return backend
+
+
+def _faster(name: str, op: str, tensor: Tensor, others: Tensor | None) -> str:
+    """``name``, or the backend that it leaves a call of this size to, where that one can run."""
+    if name != "native" or others is None:
+        return name
+    other = native.leaves_to(op, tensor, others)
+    return name if other is None or why_not(other, op, tensor) is not None else other
 
 
 def available_backends(

@@ -136,7 +136,7 @@ def distance_softmax(
     if metric == "cosine":
         x, y, metric = normalized(x), normalized(y), "dot"
     check_scale("scale", scale, x)
-    backend = backends.resolve("distance_softmax", x, backend)
+    backend = backends.resolve("distance_softmax", x, backend, others=y)
 
     if torch.compiler.is_compiling():
         scale_tensor = torch.as_tensor(scale, dtype=accumulator_dtype(x.dtype), device=x.device)

@@ -36,6 +36,12 @@ CUDA_DTYPES = {
     "triplet_distances": FLOATING,
 }
 
+# Multiplications M·N·D of a product up to which the CUDA kernels of `distance_softmax` are faster
+# than Triton's, by the launches that they save, and columns up to which both wait for memory:
+# benchmarks/roofline.py.
+SMALL_ON_CUDA = 1 << 27
+FEW_COLUMNS = 16
+
 
 def why_not(op: str, tensor: Tensor) -> str | None:
     """Reason why the C++ kernels cannot run ``op`` on tensors like ``tensor``, or None."""
@@ -51,6 +57,14 @@ def why_not(op: str, tensor: Tensor) -> str | None:
     if tensor.dtype not in CPU_DTYPES[op]:
         return f"{op} has no C++ kernel for {tensor.dtype}"
     return None
+
+
+def leaves_to(op: str, rows: Tensor, columns: Tensor) -> str | None:
+    """Backend that is faster than this one on a call of such points, where it can run; or None."""
+    if op != "distance_softmax" or rows.device.type != "cuda":
+        return None
+    size = rows.shape[0] * columns.shape[0] * rows.shape[1]
+    return None if size <= SMALL_ON_CUDA or columns.shape[0] <= FEW_COLUMNS else "triton"
 
 
 def build_info() -> dict[str, Any]:

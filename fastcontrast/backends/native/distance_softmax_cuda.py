@@ -265,13 +265,13 @@ def _gradients(
     """Gradients in the accumulator dtype; the scale's comes with the first side computed."""
     nothing = pairs.x.new_empty(0, dtype=pairs.acc)
     dx = dy = dscale = nothing
-    terms = _Terms(*(None if t is None else t.to(pairs.acc).contiguous() for t in terms))
+    given = [None if t is None else t.to(pairs.acc).contiguous() for t in terms]
     product = None
     if needs[0] or (needs[2] and not needs[1]):
-        dx, product = _side(pairs, terms, True, needs[0], needs[2])
+        dx, product = _side(pairs, given, True, needs[0], needs[2])
     if needs[1]:
         first = needs[2] and product is None
-        dy, of_columns = _side(pairs, terms, False, True, first)
+        dy, of_columns = _side(pairs, given, False, True, first)
         product = of_columns if first else product
     if needs[2] and product is not None:
         dscale = (product.sum() * math.log(2) / pairs.scale).to(pairs.acc)
@@ -279,7 +279,7 @@ def _gradients(
 
 
 def _side(
-    pairs: _Pairs, terms: _Terms, rows: bool, needs_points: bool, needs_product: bool
+    pairs: _Pairs, terms: list[Tensor | None], rows: bool, needs_points: bool, needs_product: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the rows or of the columns, and Σ ∂L/∂s · t of each if asked for."""
     own, other = (pairs.x, pairs.y) if rows else (pairs.y, pairs.x)
