@@ -175,9 +175,12 @@ class _Pairs:
     ) -> None:
         self.x, self.y = x.detach().resolve_neg(), y.detach().resolve_neg()
         self.acc = accumulator_dtype(x.dtype)
-        self.scale = scores.scale
-        if isinstance(self.scale, Tensor):
-            self.scale = self.scale.detach().to(device=x.device, dtype=self.acc)
+        number, scale = 0.0, None  # on the host, or on the device
+        if isinstance(scores.scale, Tensor):
+            scale = scores.scale.detach().to(device=x.device, dtype=self.acc)
+        else:
+            number = float(scores.scale)
+        self.scale = number if scale is None else scale
         # Named here for as long as kernels are being launched on them.
         self.exclude, self.row_ids, self.column_ids = (
             None if value is None else value.to(torch.int64).contiguous()
@@ -192,7 +195,6 @@ class _Pairs:
             if self.rounded is None:
                 self.rounded = self.round(operand, scores.metric)
             self.rounded_sides = (OPERANDS.index(operand), *(r.argument for r in self.rounded))
-        on_device = isinstance(self.scale, Tensor)
         self.arguments = (
             (self.x.data_ptr(), x.shape[0], *self.x.stride()),
             (self.y.data_ptr(), y.shape[0], *self.y.stride()),
@@ -200,8 +202,8 @@ class _Pairs:
             x.shape[1],
             METRICS.index(scores.metric),
             KEEPS.index(scores.keep),
-            self.scale.data_ptr() if on_device else 0,
-            0.0 if on_device else float(self.scale),
+            _address(scale),
+            number,
             _address(self.exclude),
             0 if self.exclude is None else self.exclude.shape[1],
             _address(self.row_ids),
