@@ -89,6 +89,7 @@ def _demangled(names: list[str]) -> list[str]:
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
     short = []
     for line in done.stdout.splitlines():
+        line = re.sub(r"\([\w:]+\)(?=\d)", "", line)  # the type of an enumerator, (Kind)1
         line = re.sub(r"\((?!anonymous).*$", "", line.replace("(anonymous namespace)::", ""))
         short.append(
             re.sub(r"^void ", "", line).replace("fastcontrast::", "").replace("cuda::", "")
