@@ -56,6 +56,8 @@ FC_INLINE T step_up(T x) {
 // squared norms are off by γ·size each, rounding the centred points adds 4u·size, and the last
 // steps 5u·size. float: the direct key is taken in double. double: it is off by γ·d² <= 2γ·size
 // itself. The floor covers what underflows.
+// A key by direct difference in T has size = d² as computed: it is off by (γ + 3u)·d². Operands
+// that were divided by their norms have size 1, and are off by 2u each.
 FC_INLINE float key_error(float, double dim) {
   const double share = dim * FLT_EPSILON;
   return (float)((dim + 8.0) * FLT_EPSILON / (1.0 - (share < 0.5 ? share : 0.5)));
@@ -66,6 +68,14 @@ FC_INLINE double key_error(double, double dim) {
 }
 FC_INLINE float key_floor(float, double dim) { return (float)(4.0 * (dim + 1.0)) * FLT_MIN; }
 FC_INLINE double key_floor(double, double dim) { return 4.0 * (dim + 1.0) * DBL_MIN; }
+
+// From a squared distance or a product to the key, and back.
+FC_INLINE double turned(double value, bool product, bool farthest) {
+  return product == farthest ? value : -value;
+}
+FC_INLINE double cosine_from_product(double product, double norms) {
+  return norms == 0.0 ? 0.0 : product / norms;
+}
 
 // A column with the key of its direct difference, as ordered_bits; NaN is the largest.
 struct Neighbor {

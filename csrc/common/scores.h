@@ -16,6 +16,8 @@
 namespace fastcontrast {
 
 enum class Metric { l2 = 0, sqeuclidean = 1, dot = 2 };
+// Which columns count by their id: all, those of the row's id, or the others.
+enum class Keep { all = 0, same = 1, different = 2 };
 
 // Which columns count by their id: all, those with the row's, or the others.
 enum class Keep { all = 0, same = 1, different = 2 };
@@ -25,6 +27,8 @@ constexpr double LN_2 = 0.6931471805599453;
 
 FC_INLINE float largest_finite(float) { return FLT_MAX; }
 FC_INLINE double largest_finite(double) { return DBL_MAX; }
+FC_INLINE float smallest_normal(float) { return FLT_MIN; }
+FC_INLINE double smallest_normal(double) { return DBL_MIN; }
 FC_INLINE float square_root(float x) { return sqrtf(x); }
 FC_INLINE double square_root(double x) { return sqrt(x); }
 

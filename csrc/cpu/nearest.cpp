@@ -69,10 +69,9 @@ double direct_key(const Tile<T>& tile, const NearestRows<T>& rows, int64_t row, 
     sum += product ? a * b : (a - b) * (a - b);
   }
   if (product && rows.x_norm) {
-    const double norms = rows.x_norm[row] * rows.y_norm[column];
-    sum = norms == 0.0 ? 0.0 : sum / norms;
+    sum = cosine_from_product(sum, rows.x_norm[row] * rows.y_norm[column]);
   }
-  return product == rows.farthest ? sum : -sum;
+  return turned(sum, product, rows.farthest);
 }
 
 // A bound that at least k values do not pass, and none of the others unless it equals the k-th
@@ -260,10 +259,10 @@ void write_row(const Tile<T>& tile, const NearestRows<T>& rows, int64_t row, Lis
   rank_directly<product>(tile, rows, row, *list, scratch);
   T* values = rows.values + row * rows.k;
   int64_t* indices = rows.indices + row * rows.k;
-  const double sign = product == rows.farthest ? 1.0 : -1.0;
   for (int64_t i = 0; i < rows.k; ++i) {
     const bool found = i < list->count;
-    const double value = sign * (found ? key_of(scratch[i]) : (double)INFINITY);
+    const double key = found ? key_of(scratch[i]) : (double)INFINITY;
+    const double value = turned(key, product, rows.farthest);
     values[i] = (T)(tile.metric == Metric::l2 && found ? square_root(value) : value);
     indices[i] = found ? scratch[i].column : -1;
   }

@@ -107,6 +107,7 @@ void bind(py::module_& m) {
   m.def("sample_coords", &sample_coords_entry);
   m.def("triplet_distances_forward", &triplet_distances_forward_entry);
   m.def("triplet_distances_backward", &triplet_distances_backward_entry);
+  bind_nearest(m);
 }
 
 }  // namespace cuda

@@ -9,6 +9,7 @@ namespace cuda {
 
 void bind(pybind11::module_& m);
 void bind_distance_softmax(pybind11::module_& m);
+void bind_nearest(pybind11::module_& m);
 
 }  // namespace cuda
 }  // namespace fastcontrast

@@ -335,6 +335,8 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
 inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
 inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == 0xFFFFFFFFu; }
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 template <typename T>
 T atomicAdd(T* address, T value) {
   const T before = *address;

@@ -33,6 +33,7 @@ CPU_DTYPES = {
 CUDA_DTYPES = {
     "distance_softmax": FLOATING,
     "extract_patches": (torch.uint8, *FLOATING),
+    "nearest": FLOATING,
     "triplet_distances": FLOATING,
 }
 

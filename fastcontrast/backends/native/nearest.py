@@ -1,7 +1,8 @@
 """`nearest` on CPU: GEMMs of tiles by torch, one C++ pass that keeps each row's candidates.
 
 The pass is csrc/cpu/nearest.cpp. The products only say which pairs are worth a direct difference;
-the M×N matrix exists one tile at a time, so memory is O((M+N)·D + M·k).
+the M×N matrix exists one tile at a time, so memory is O((M+N)·D + M·k). On CUDA one kernel does all
+of it, csrc/cuda/nearest.cu, for MAX_K columns at a time.
 """
 
 from __future__ import annotations
@@ -10,19 +11,30 @@ import torch
 from torch import Tensor
 
 from fastcontrast import _C
+from fastcontrast.backends.native import devices
 from fastcontrast.backends.native.distance_softmax import (
     TILE_COLUMNS,
     TILE_ROWS,
     _address,
     _Operands,
 )
+from fastcontrast.backends.native.extract_patches import SCALARS
 from fastcontrast.backends.native.products import ieee_products
-from fastcontrast.backends.scores import Scores, accumulator_dtype, padding
+from fastcontrast.backends.scores import KEEPS, METRICS, Scores, accumulator_dtype, padding
 
 # Candidates that a list holds beyond 2k; a full one is cut.
 ROOM = 32
 # Candidates of a block of rows, 16 bytes each: only a very large k has less than TILE_ROWS rows.
 BLOCK_CANDIDATES = 1 << 22
+# As csrc/cuda/nearest.cu has them: rows of a block and columns of a tile, and the largest k.
+CUDA_TILE = 64
+MAX_K = 256
+# Few rows share out their columns until every multiprocessor has so many blocks, each with at least
+# so many columns: starting a list takes about k·log(columns/k) candidates.
+BLOCKS_PER_PROCESSOR = 4
+MINIMUM_COLUMNS = 512
+MAX_SPLITS = 64
+ALL = slice(0, None)
 
 
 def nearest_columns(
@@ -34,6 +46,8 @@ def nearest_columns(
     values, indices = x.new_empty(m, k, dtype=dtype), x.new_empty(m, k, dtype=torch.int64)
     if n == 0:
         return values.fill_(padding(scores.metric, farthest)), indices.fill_(-1)
+    if devices.kernels(x) is not _C:
+        return _search_on_gpu(x, y, scores, farthest, values, indices)
     capacity = min(2 * k + ROOM, n)
     block = max(1, min(TILE_ROWS, BLOCK_CANDIDATES // capacity))
     points = _Points(x, y, scores, dtype)
@@ -104,3 +118,92 @@ def _lists(rows: int, capacity: int, dtype: torch.dtype) -> dict[str, Tensor]:
         "limit": torch.empty(rows, dtype=dtype),
         "scratch": torch.empty(threads, capacity, 2, dtype=torch.int64),
     }
+
+
+def _search_on_gpu(
+    x: Tensor, y: Tensor, scores: Scores, farthest: bool, values: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fill values and indices, a block of rows and up to MAX_K of their columns in one launch."""
+    (m, k), n = values.shape, y.shape[0]
+    x, y = (v.detach().resolve_neg() for v in (x, y))
+    x, y = (v if v.stride(1) == 1 else v.contiguous() for v in (x, y))
+    kernels, workers = devices.kernels(x), devices.workers(x, 1)
+    x_norm = y_norm = None
+    if scores.metric in ("dot", "cosine"):
+        x_norm, y_norm = (_norms_on_gpu(v) for v in (x, y))
+    exclude, row_ids, column_ids = (
+        None if v is None else v.to(torch.int64).contiguous()
+        for v in (scores.exclude, scores.row_ids, scores.column_ids)
+    )
+    capacity = 2 * min(k, MAX_K) + CUDA_TILE
+    block = max(1, BLOCK_CANDIDATES // capacity // CUDA_TILE) * CUDA_TILE
+    for begin in range(0, m, block):
+        rows = slice(begin, min(begin + block, m))
+        count = rows.stop - begin
+        splits = _splits(count, n, capacity, devices.processors(x))
+        shape = (splits, count, capacity)
+        bounds = values.new_empty(*shape, 2)
+        column = indices.new_empty(shape)
+        ranked = indices.new_empty(*shape[:2], min(k, MAX_K), 2) if splits > 1 else None
+        last = indices.new_empty(count, 2) if k > MAX_K else None
+        for first in range(0, min(k, n), MAX_K):
+            kernels.nearest(
+                x=_address(x, rows),
+                x_stride=x.stride(0),
+                x_count=count,
+                y=y.data_ptr(),
+                y_stride=y.stride(0),
+                y_count=n,
+                type=SCALARS[x.dtype],
+                dim=x.shape[1],
+                metric=METRICS.index("dot" if scores.metric == "cosine" else scores.metric),
+                farthest=farthest,
+                cosine=scores.metric == "cosine",
+                x_norm=_address(x_norm, rows),
+                y_norm=_address(y_norm, ALL),
+                exclude=_address(exclude, rows),
+                exclude_count=0 if exclude is None else exclude.shape[1],
+                row_ids=_address(row_ids, rows),
+                column_ids=_address(column_ids, ALL),
+                keep=KEEPS.index(scores.keep),
+                k=min(k - first, MAX_K),
+                after=_address(last if first else None, ALL),
+                splits=splits,
+                capacity=capacity,
+                bounds=bounds.data_ptr(),
+                column=column.data_ptr(),
+                ranked=_address(ranked, ALL),
+                values=_address(values[:, first:], rows),
+                indices=_address(indices[:, first:], rows),
+                out_stride=k,
+                last=_address(last, ALL),
+                workers=workers,
+            )
+    if k > MAX_K:  # the searches after which no column is left are not made
+        searched = min(k, -(-n // MAX_K) * MAX_K)
+        values[:, searched:] = padding(scores.metric, farthest)
+        indices[:, searched:] = -1
+    return values, indices
+
+
+def _norms_on_gpu(points: Tensor) -> Tensor:
+    """Norms of the rows in float64, without a copy of the points in float64."""
+    norms = points.new_empty(points.shape[0], dtype=torch.float64)
+    devices.kernels(points).row_norms(
+        x=points.data_ptr(),
+        x_stride=points.stride(0),
+        x_count=points.shape[0],
+        type=SCALARS[points.dtype],
+        dim=points.shape[1],
+        norms=norms.data_ptr(),
+        workers=devices.workers(points, 1),
+    )
+    return norms
+
+
+def _splits(rows: int, columns: int, capacity: int, processors: int) -> int:
+    """Blocks that share out the columns of a row."""
+    groups = -(-rows // CUDA_TILE)
+    wanted = BLOCKS_PER_PROCESSOR * processors // groups
+    room = BLOCK_CANDIDATES // (rows * capacity)
+    return max(1, min(wanted, room, columns // MINIMUM_COLUMNS, MAX_SPLITS))
