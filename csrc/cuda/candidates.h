@@ -72,10 +72,10 @@ static __device__ T bound_of_smallest(const T* values, int count, int k) {
   return from_ordered(low);
 }
 
-// Moves the candidates whose bounds `keep` takes to the front; returns how many.
-template <typename T, typename Keep>
+// Moves the candidates whose bounds pass the test to the front; returns how many.
+template <typename T, typename Test>
 static __device__ __forceinline__ int compact(const CandidateList<T>& list, int count,
-                                              const Keep& keep) {
+                                              const Test& stays_with) {
   const int lane = lane_of_thread();
   int kept = 0;
   for (int begin = 0; begin < count; begin += WARP) {
@@ -86,7 +86,7 @@ static __device__ __forceinline__ int compact(const CandidateList<T>& list, int 
     if (i < count) {
       bounds = list.bounds[i];
       column = list.column[i];
-      stays = keep(bounds);
+      stays = stays_with(bounds);
     }
     const unsigned votes = __ballot_sync(ALL_LANES, stays);
     __syncwarp();  // all of these are read: their places may be written

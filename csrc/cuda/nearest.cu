@@ -14,7 +14,7 @@
 //   tiles nor on the order of threads. What is not finite in them is always taken directly.
 #include "cuda/nearest.h"
 
-#include "cuda/candidates.h"
+#include "cuda/candidate_rows.h"
 #include "cuda/launch.h"
 #include "cuda/ranked_columns.h"
 
@@ -23,26 +23,19 @@ namespace cuda {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int TILE = 64;   // rows and columns of a tile
 constexpr int EDGE = 4;    // pairs of a thread: EDGE × EDGE
 constexpr int PACKS = 4;   // of 16 bytes, of a point in a buffer: one for each thread
 constexpr int PITCH = 68;  // from one dimension to the next in a buffer; a multiple of 4, for packs
 constexpr int WARPS = THREADS / WARP;
 constexpr int ROWS_OF_WARP = TILE / WARPS;
-constexpr int LANES_OF_PAIR = 8;  // that take one direct difference
 constexpr int MAX_K = 256;
 
-// What a block knows of one of its rows, in shared memory.
+// In elements of 8 bytes: the keys of a list, or the sums of a warp's rows with a tile.
 template <typename T>
-struct Row {
-  int64_t id;
-  int64_t excluded[2];      // -1: none
-  T size;                   // norm, for products
-  T before_low, before_up;  // bounds of the key of `after`
-  T limit;                  // k keys are not above this
-  int count;                // candidates
-  bool is_open;             // there is such a row, and columns may count for it
-};
+FC_INLINE int64_t scratch_of_warp(int capacity) {
+  const int64_t sums = ROWS_OF_WARP * TILE * sizeof(T) / 8;
+  return capacity > sums ? (capacity + 1) / 2 * 2 : sums;
+}
 
 template <typename T>
 FC_INLINE T inverse_norm(double norm) {
@@ -51,11 +44,6 @@ FC_INLINE T inverse_norm(double norm) {
   const bool is_exact =
       inverse == 0.0 || ((T)inverse >= smallest_normal(T(0)) && (T)inverse < T(INFINITY));
   return is_exact ? (T)inverse : T(NAN);
-}
-
-template <typename Element>
-FC_INLINE const Element* point(const Points& points, int64_t number) {
-  return (const Element*)points.data + number * points.stride;
 }
 
 // 16 bytes of a point, zeros beyond its end.
@@ -85,65 +73,20 @@ static __device__ __forceinline__ void load_edge(const T* from, T* to) {
   }
 }
 
-template <bool product, typename T>
-struct PairKey {
-  T error, floor;
-  bool farthest;
-
-  // Bounds of the key from the sum over the coordinates; all keys where that is not finite.
-  FC_MEMBER KeyBounds<T> bounds(T sum, T size) const {
-    const T key = product == farthest ? sum : -sum;
-    const T width = error * (product ? size : sum) + floor;
-    const KeyBounds<T> found{key - width, key + width};
-    if (found.upper - found.lower < T(INFINITY)) return found;
-    return KeyBounds<T>{T(-INFINITY), T(INFINITY)};
-  }
-};
-
-// Direct keys of all candidates, in shared memory; four at a time, so that loads overlap. Returns
-// how many columns come after `search.after`; the others are struck out.
-template <bool product, typename Element, typename T>
-static __device__ int direct_keys(const NearestSearch& search, int64_t row,
-                                  const CandidateList<T>& list, int count, int64_t* keys) {
-  constexpr int PAIRS = WARP / LANES_OF_PAIR;
-  const int lane = lane_of_thread(), part = lane % LANES_OF_PAIR;
-  const Element* x = point<Element>(search.x, row);
-  int counting = 0;
-  for (int begin = 0; begin < count; begin += PAIRS) {
-    const int i = begin + lane / LANES_OF_PAIR;
-    int64_t column = NO_COLUMN;
-    double sum = 0.0;
-    if (i < count) {
-      column = list.column[i];
-      const Element* y = point<Element>(search.y, column);
-#pragma unroll 4
-      for (int64_t d = part; d < search.dim; d += LANES_OF_PAIR) {
-        const double a = (double)widen(x[d]), b = (double)widen(y[d]);
-        sum += product ? a * b : (a - b) * (a - b);
-      }
-    }
+template <typename T>
+static __device__ __forceinline__ void store_edge(const T* from, T* to) {
+  constexpr int V = 16 / sizeof(T);
 #pragma unroll
-    for (int distance = LANES_OF_PAIR / 2; distance > 0; distance /= 2) {
-      sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-    }
-    if (product && search.cosine && i < count) {
-      sum = cosine_from_product(sum, search.x_norm[row] * search.y_norm[column]);
-    }
-    Neighbor found = neighbor(turned(sum, product, search.farthest), column);
-    if (search.after && !comes_before(search.after[row], found)) found = no_neighbor();
-    const bool writes = part == 0 && i < count;
-    if (writes) {
-      keys[i] = found.key;
-      list.column[i] = found.column;
-    }
-    counting += __popc(__ballot_sync(ALL_LANES, writes && found.column != NO_COLUMN));
+  for (int i = 0; i < EDGE; i += V) {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int j = 0; j < V; ++j) pack.item[j] = from[i + j];
+    store_pack(to + i, pack);
   }
-  __syncwarp();
-  return counting;
 }
 
 template <bool product, typename Element>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, sizeof(Element) == 8 ? 1 : 2)
     search_rows(const NearestSearch search, const NearestLists lists, const NearestResults out,
                 const bool has_packs) {
   using T = typename Arithmetic<Element, Element>::type;
@@ -154,7 +97,9 @@ __global__ void __launch_bounds__(THREADS, 2)
   __shared__ Row<T> rows[TILE];
   T* const buffers = (T*)shared;
   const int thread = threadIdx.x, warp = thread / WARP;
-  int64_t* const keys = shared + (int64_t)warp * lists.capacity;
+  // Between two tiles a warp has its part of this memory for sums, then for keys.
+  int64_t* const keys = shared + warp * scratch_of_warp<T>(lists.capacity);
+  T* const tile_sums = (T*)keys;
 
   const int64_t groups = (search.x.count + TILE - 1) / TILE;
   const int64_t first_row = blockIdx.x % groups * TILE, split = blockIdx.x / groups;
@@ -163,9 +108,6 @@ __global__ void __launch_bounds__(THREADS, 2)
   const int64_t first_column = split * share;
   const int64_t rest = search.y.count - first_column;
   const int64_t columns = rest < share ? rest : share;  // none, or less, for a split too many
-  const PairKey<product, T> pair{key_error(T(0), (double)search.dim),
-                                 key_floor(T(0), (double)search.dim), search.farthest};
-
   const auto list_of = [&](int number) {
     const int64_t start = (split * search.x.count + first_row + number) * lists.capacity;
     return CandidateList<T>{(KeyBounds<T>*)lists.bounds + start, lists.column + start};
@@ -260,51 +202,24 @@ __global__ void __launch_bounds__(THREADS, 2)
       }
     }
     if (completes) {
+      __syncthreads();  // the buffers are free until the next store
 #pragma unroll
       for (int i = 0; i < EDGE; ++i) {
-        Row<T>& row = rows[own_row + i];
+        store_edge(sum[i], tile_sums + (own_row + i) % ROWS_OF_WARP * TILE + own_column);
 #pragma unroll
-        for (int j = 0; j < EDGE; ++j) {
-          const int64_t column = first_column + tile_begin + own_column + j;
-          const T value = sum[i][j];
-          sum[i][j] = T(0);
-          if (!row.is_open || column >= first_column + columns) continue;
-          const T size = product && !search.cosine ? row.size * (T)search.y_norm[column] : row.size;
-          KeyBounds<T> bounds = pair.bounds(value, size);
-          if (bounds.lower > row.limit) continue;
-          if (row.excluded[0] == column || row.excluded[1] == column) continue;
-          if (search.keep != Keep::all &&
-              (search.column_ids[column] == row.id) != (search.keep == Keep::same)) {
-            continue;
-          }
-          if (search.after) {
-            if (bounds.upper < row.before_low) continue;
-            // Not surely after it: this one does not help to bound the others.
-            if (!(bounds.lower > row.before_up)) bounds.upper = T(INFINITY);
-          }
-          const CandidateList<T> list = list_of(own_row + i);
-          const int at = atomicAdd(&row.count, 1);  // TILE places are free before every tile
-          list.bounds[at] = bounds;
-          list.column[at] = column;
-        }
+        for (int j = 0; j < EDGE; ++j) sum[i][j] = T(0);
       }
-      __syncthreads();  // the buffers are free until the next store
+      __syncwarp();
       for (int i = 0; i < ROWS_OF_WARP; ++i) {
         const int number = warp * ROWS_OF_WARP + i;
-        Row<T>& row = rows[number];
-        const int room = lists.capacity - TILE - search.k;
-        if (row.count <= search.k + room) continue;
-        const CandidateList<T> list = list_of(number);
-        T limit = row.limit;
-        int count = cut_by_bounds(list, row.count, search.k, (T*)keys, &limit);
-        if (count > search.k + room / 2) {
-          direct_keys<product, Element>(search, first_row + number, list, count, keys);
-          count = cut_by_keys(list, keys, count, search.k, &limit);
-        }
-        __syncwarp();  // all lanes have read the row
-        row.limit = limit;
-        row.count = count;
-        __syncwarp();
+        offer<product>(search, list_of(number), tile_sums + i * TILE, first_column + tile_begin,
+                       columns - tile_begin, &rows[number]);
+      }
+      __syncwarp();  // the sums have been read: keys may take their place
+      for (int i = 0; i < ROWS_OF_WARP; ++i) {
+        const int number = warp * ROWS_OF_WARP + i;
+        make_room<product, Element>(search, first_row + number, list_of(number),
+                                    lists.capacity - TILE, keys, &rows[number]);
       }
       __syncthreads();
     }
@@ -372,8 +287,8 @@ bool launch(const NearestSearch& search, const NearestLists& lists, const Neares
   if (groups * lists.splits > MAX_BLOCKS) return false;
   const unsigned blocks = (unsigned)(groups * lists.splits);
   const size_t buffers = 2 * 2 * PACKS * (16 / sizeof(Element)) * PITCH * sizeof(T);
-  const size_t keys = (size_t)WARPS * lists.capacity * sizeof(int64_t);
-  const size_t shared = buffers > keys ? buffers : keys;  // below 48 KiB: no permission needed
+  const size_t scratch = WARPS * scratch_of_warp<T>(lists.capacity) * sizeof(int64_t);
+  const size_t shared = buffers > scratch ? buffers : scratch;  // below 48 KiB: no leave to ask
   if (search.metric == Metric::dot) {
     FASTCONTRAST_LAUNCH(stream, blocks, THREADS, shared, (search_rows<true, Element>), search,
                         lists, out, has_packs);

@@ -45,7 +45,7 @@ static __device__ __forceinline__ int count_before(const Neighbor* sorted, int c
 // A block merges the ranked lists of one row: the rank of each is the sum of its ranks in all
 // lists.
 template <typename T>
-__global__ void __launch_bounds__(MERGE_THREADS)
+__global__ void __launch_bounds__(MERGE_THREADS, 4)
     merge_splits(const NearestSearch search, const NearestLists lists, const NearestResults out) {
   const int k = search.k;
   for (int64_t row = blockIdx.x; row < search.x.count; row += gridDim.x) {
