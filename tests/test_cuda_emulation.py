@@ -214,6 +214,21 @@ def test_a_patch_without_a_place_is_reported_by_the_next_call(
     assert bool(lost.any(1).all())
 
 
+def nearest_results() -> list[Tensor]:
+    torch.manual_seed(0)
+    results = []
+    ids = dict(keep="different", row_ids=torch.arange(70) % 3, column_ids=torch.arange(1100) % 5)
+    for dtype, dim, k, options in (
+        (torch.float32, 9, 5, {"exclude": torch.arange(70)}),
+        (torch.bfloat16, 2, 40, {"metric": "cosine", **ids}),  # ties, by direct differences
+        (torch.float64, 3, 300, {"metric": "dot", "farthest": True}),  # two searches
+    ):
+        x, y = torch.randn(70, dim).to(dtype), torch.randn(1100, dim).to(dtype)
+        results += fc.nearest(x, y, k, backend="native", **options)
+        results += fc.nearest(x[:5], y, k, backend="native", metric="sqeuclidean")
+    return results
+
+
 def test_the_step_is_read_from_memory() -> None:
     """A captured graph reads it when it is replayed, so that new boxes are drawn."""
     truth = fc.sample_coords(2, 3, (30, 31), 7, hflip=0.5, seed=-5, step=2**40 + 3)
@@ -275,7 +290,7 @@ def test_copies_of_storages_keep_layouts_and_bring_results_back() -> None:
     assert float(parent[1, 3]) == 11
 
 
-@pytest.mark.parametrize("results", [triplet_results, patch_results])
+@pytest.mark.parametrize("results", [triplet_results, patch_results, nearest_results])
 def test_results_do_not_depend_on_the_order_of_threads(results: Callable[[], list]) -> None:
     rows = []
     for order in ORDERS.values():

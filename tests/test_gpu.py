@@ -100,8 +100,41 @@ def test_a_patch_without_a_place_is_reported_once_the_device_got_there() -> None
     assert bool((draw(1) < 128).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_nearest_on_the_gpu(dtype: torch.dtype) -> None:
+    needs("nearest")
+    for rows, k in ((300, 10), (3, 300)):  # one block for a row; several, and two searches
+        x, y = torch.randn(rows, 40).to(dtype), torch.randn(5000, 40).to(dtype)
+        for metric in ("l2", "dot"):
+            options = dict(metric=metric, exclude=torch.arange(rows))
+            truth = fc.nearest(x.double(), y.double(), k, backend="reference", **options)
+            options["exclude"] = options["exclude"].cuda()
+            found = fc.nearest(x.cuda(), y.cuda(), k, backend="native", **options)
+            assert torch.equal(found.indices.cpu(), truth.indices)
+            # Taken in float64 and rounded once; float64 itself sums in another order.
+            limit = 1e-13 if dtype == torch.float64 else 2.0**-24
+            values = found.values.cpu().double()
+            torch.testing.assert_close(values, truth.values, rtol=limit, atol=limit)
+
+
+def test_a_captured_search_is_that_of_an_eager_call() -> None:
+    needs("nearest")
+    x, y, _ = points()
+    truth = fc.nearest(x[:100], y, 300, metric="cosine", backend="native")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = fc.nearest(x[:100], y, 300, metric="cosine", backend="native")
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(found.indices, truth.indices)
+        assert torch.equal(found.values, truth.values)
+
+
 def test_nothing_waits_for_the_device() -> None:
     needs("extract_patches")
+    needs("nearest")
     needs("triplet_distances")
     images = torch.rand(4, 3, 32, 32, device="cuda", requires_grad=True)
     module = fc.RandomPatches(4, 8, hflip=0.5, mean=0.5, std=0.5, seed=1, backend="native").cuda()
@@ -111,6 +144,7 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         loss_and_gradients(inputs)
+        fc.nearest(*inputs[:2], 300, metric="cosine", backend="native")
         module(images).data.sum().backward()
         for wish in PATCHES.values():
             fc.random_patches(images, 4, 8, seed=1, step=step, **wish).data.sum().backward()

@@ -16,7 +16,8 @@
 namespace fastcontrast {
 
 enum class Metric { l2 = 0, sqeuclidean = 1, dot = 2 };
-// Which columns count by their id: all, those of the row's id, or the others.
+
+// Which columns count by their id: all, those with the row's, or the others.
 enum class Keep { all = 0, same = 1, different = 2 };
 
 // Which columns count by their id: all, those with the row's, or the others.

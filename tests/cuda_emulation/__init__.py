@@ -120,6 +120,5 @@ def active(order: int = 0) -> Iterator[None]:
     with (
         patch.object(native.devices, "kernels", kernels),
         patch.object(native.devices, "workers", lambda tensor, threads: (0, 0)),
-        patch.object(native.devices, "processors", lambda tensor: 2),
     ):
         yield

@@ -47,11 +47,6 @@ def workers(tensor: Tensor, threads: int) -> int | tuple[int, int]:
     return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def processors(tensor: Tensor) -> int:
-    """Multiprocessors of the tensor's GPU."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
 def cuda_problem(tensor: Tensor) -> str | None:
     """Reason why the module cannot run kernels on the tensor's GPU, or None."""
     # What is traced has been asked before, and cannot ask.

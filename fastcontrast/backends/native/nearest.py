@@ -46,7 +46,7 @@ def nearest_columns(
     values, indices = x.new_empty(m, k, dtype=dtype), x.new_empty(m, k, dtype=torch.int64)
     if n == 0:
         return values.fill_(padding(scores.metric, farthest)), indices.fill_(-1)
-    if devices.kernels(x) is not _C:
+    if devices.on_cuda(x):
         return _search_on_gpu(x, y, scores, farthest, values, indices)
     capacity = min(2 * k + ROOM, n)
     block = max(1, min(TILE_ROWS, BLOCK_CANDIDATES // capacity))
