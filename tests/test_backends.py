@@ -133,6 +133,31 @@ def test_large_problems_on_cuda_are_left_to_triton(monkeypatch: pytest.MonkeyPat
     assert chosen(many, many) == "native"
 
 
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU; going back to it in C++ would make a context there."""
+    current = [0]
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    entry = lambda tensor: list(current)  # noqa: E731
+    monkeypatch.setattr(backends.BACKENDS["reference"], "nearest_columns", entry)
+    with FakeTensorMode():
+        tensors = [torch.empty(3, device=name) for name in ("cpu", "cuda:0", "cuda:1")]
+    found = [backends.run("reference", "nearest_columns", tensor) for tensor in tensors]
+    assert found == [[0], [0], [0, 1]]
+    assert current == [0]
+
+
 def test_an_error_in_a_backend_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """No fall-back on an exception: the user would get another result's speed without a word."""
 

@@ -286,9 +286,12 @@ bool launch(const NearestSearch& search, const NearestLists& lists, const Neares
   const int64_t groups = (search.x.count + TILE - 1) / TILE;
   if (groups * lists.splits > MAX_BLOCKS) return false;
   const unsigned blocks = (unsigned)(groups * lists.splits);
-  const size_t buffers = 2 * 2 * PACKS * (16 / sizeof(Element)) * PITCH * sizeof(T);
+  constexpr size_t buffers = 2 * 2 * PACKS * (16 / sizeof(Element)) * PITCH * sizeof(T);
+  constexpr size_t largest_scratch = WARPS * (2 * MAX_K + TILE) * sizeof(int64_t);
+  constexpr size_t largest = buffers > largest_scratch ? buffers : largest_scratch;
+  static_assert(largest + TILE * sizeof(Row<T>) <= 48 << 10, "more takes a kernel's attribute");
   const size_t scratch = WARPS * scratch_of_warp<T>(lists.capacity) * sizeof(int64_t);
-  const size_t shared = buffers > scratch ? buffers : scratch;  // below 48 KiB: no leave to ask
+  const size_t shared = buffers > scratch ? buffers : scratch;
   if (search.metric == Metric::dot) {
     FASTCONTRAST_LAUNCH(stream, blocks, THREADS, shared, (search_rows<true, Element>), search,
                         lists, out, has_packs);

@@ -94,10 +94,20 @@ def has(backend: str, function: str) -> bool:
 
 
 def run(backend: str, function: str, tensor: Tensor, *args: Any) -> Any:
-    """Call a kernel entry of ``backend`` with autocast off: kernels choose their own dtypes."""
+    """Call a kernel entry of ``backend`` on the tensor's GPU, if it is on one.
+
+    Autocast is off: kernels choose their own dtypes.
+    """
     entry = getattr(BACKENDS[backend], function)
-    with autocast_off(tensor.device.type):
+    with autocast_off(tensor.device.type), on_device_of(tensor):
         return entry(tensor, *args)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one, where kernels are launched; at no cost where it is."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
