@@ -218,11 +218,12 @@ def nearest_results() -> list[Tensor]:
     torch.manual_seed(0)
     results = []
     ids = dict(keep="different", row_ids=torch.arange(70) % 3, column_ids=torch.arange(1100) % 5)
-    for dtype, dim, k, options in (
+    cases: list[tuple[torch.dtype, int, int, dict[str, Any]]] = [
         (torch.float32, 9, 5, {"exclude": torch.arange(70)}),
         (torch.bfloat16, 2, 40, {"metric": "cosine", **ids}),  # ties, by direct differences
         (torch.float64, 3, 300, {"metric": "dot", "farthest": True}),  # two searches
-    ):
+    ]
+    for dtype, dim, k, options in cases:
         x, y = torch.randn(70, dim).to(dtype), torch.randn(1100, dim).to(dtype)
         results += fc.nearest(x, y, k, backend="native", **options)
         results += fc.nearest(x[:5], y, k, backend="native", metric="sqeuclidean")

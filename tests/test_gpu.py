@@ -106,10 +106,13 @@ def test_nearest_on_the_gpu(dtype: torch.dtype) -> None:
     for rows, k in ((300, 10), (3, 300)):  # one block for a row; several, and two searches
         x, y = torch.randn(rows, 40).to(dtype), torch.randn(5000, 40).to(dtype)
         for metric in ("l2", "dot"):
-            options = dict(metric=metric, exclude=torch.arange(rows))
-            truth = fc.nearest(x.double(), y.double(), k, backend="reference", **options)
-            options["exclude"] = options["exclude"].cuda()
-            found = fc.nearest(x.cuda(), y.cuda(), k, backend="native", **options)
+            own = torch.arange(rows)
+            truth = fc.nearest(
+                x.double(), y.double(), k, metric=metric, exclude=own, backend="reference"
+            )
+            found = fc.nearest(
+                x.cuda(), y.cuda(), k, metric=metric, exclude=own.cuda(), backend="native"
+            )
             assert torch.equal(found.indices.cpu(), truth.indices)
             # Taken in float64 and rounded once; float64 itself sums in another order.
             limit = 1e-13 if dtype == torch.float64 else 2.0**-24
@@ -144,7 +147,7 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         loss_and_gradients(inputs)
-        fc.nearest(*inputs[:2], 300, metric="cosine", backend="native")
+        fc.nearest(inputs[0], inputs[1], 300, metric="cosine", backend="native")
         module(images).data.sum().backward()
         for wish in PATCHES.values():
             fc.random_patches(images, 4, 8, seed=1, step=step, **wish).data.sum().backward()
