@@ -1,84 +1,63 @@
 """Compiles the Triton kernels for GPUs that are not here, and reads what they take of them.
 
     python -m benchmarks.ahead_of_time            every entry of the table: docs/triton_kernels.md
+    python -m benchmarks.ahead_of_time --seconds 100    the same in pieces: call it until it is done
     python -m benchmarks.ahead_of_time --subset   the part that the tests check, as JSON
-    python -m benchmarks.ahead_of_time --subset --document    the document of that part alone
 
 Triton brings its own assembler, so no GPU, driver or CUDA toolkit is needed. Run without
-TRITON_INTERPRET. Results are kept in Triton's own cache: a second run takes seconds.
+TRITON_INTERPRET. Results are kept in build/ahead_of_time.json, by what they were compiled from: a
+second run compiles what has changed. All of it takes about an hour on one core.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import itertools
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import patch_kernels
+from benchmarks.triton_launches import (
+    GIVEN_KINDS,
+    KERNELS,
+    METRICS,
+    TRIPLETS,
+    Entry,
+    arguments,
+    every_entry,
+    function_of,
+    launch_of,
+    patch_entries,
+)
 from fastcontrast.backends.triton import launch as launches
 from fastcontrast.backends.triton.launch_table import SIZES
-from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
-from fastcontrast.backends.triton.row_statistics import row_statistics_kernel
-from fastcontrast.backends.triton.triplet_distances import (
-    triplet_backward_kernel,
-    triplet_forward_kernel,
-    triplet_tile,
-)
 
-METRICS = ("l2", "sqeuclidean", "dot")
-# Kernels without products, whose sizes are their own and not of the launch table.
-TRIPLETS = {
-    "triplets forward": triplet_forward_kernel,
-    "triplets backward": triplet_backward_kernel,
-}
-TRIPLET_KINDS = ("float64", "ieee", "bfloat16", "float16")
-TRIPLET_DIMS = (32, 128, 1024)
-PATCH_KINDS = ("float64", "ieee", "bfloat16")
-PATCH_SIDES = (32, 224)
-# Triton's names of the dtypes of (operands, points as given, sums) of each kind.
-DTYPES = {
-    "float64": ("fp64", "fp64", "fp64"),
-    "ieee": ("fp32", "fp32", "fp32"),
-    "tf32": ("fp32", "fp32", "fp32"),
-    "bf16x3": ("bf16", "fp32", "fp32"),
-    "bfloat16": ("bf16", "bf16", "fp32"),
-    "float16": ("fp16", "fp16", "fp32"),
-}
-ROUNDING = {"bfloat16": "bf16", "bf16x3": "bf16", "tf32": "tf32", "float16": "tf32"}
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "docs" / "triton_kernels.md"
+CACHE = ROOT / "build" / "ahead_of_time.json"
 # Shared memory of a program, and 32-bit registers of a multiprocessor, bytes and number. 99 KiB
 # for 80: its entries also serve the smaller memories of 8.6 and 8.9.
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 SHARED_OF_PROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 REGISTERS = 65536
+WARPS = 64
 COLUMNS = (
-    "sm", "kernel", "operands", "D", "metric", "block × tile", "warps", "registers", "stack",
-    "shared, KiB", "matrix instructions", "resident warps",
+    "sm", "kernel", "operands", "D", "block × tile", "warps", "registers", "stack", "shared, KiB",
+    "matrix instructions", "resident warps",
 )  # fmt: skip
-TABLE = Path(__file__).resolve().parents[1] / "docs" / "triton_kernels.md"
-
-
-class Entry(NamedTuple):
-    """One compilation: an entry of the launch table or a kernel of triplets, and its constants."""
-
-    architecture: int
-    kernel: str
-    kind: str
-    dim: int
-    metric: str
-    rows: bool = True
-    many: bool = False
 
 
 class Resources(NamedTuple):
@@ -93,32 +72,6 @@ class Resources(NamedTuple):
     vector_stores: int
 
 
-def every_entry() -> Iterator[Entry]:
-    """All that can be launched."""
-    for (arch, kernel, kind, dim), metric in itertools.product(SIZES, METRICS):
-        for many in (False, True):
-            yield Entry(arch, kernel, kind, dim, metric, True, many)
-            if kernel == "gradients":
-                yield Entry(arch, kernel, kind, dim, metric, False, many)
-    yield from (
-        Entry(arch, kernel, kind, dim, metric, many=many)
-        for arch, kernel, kind, dim, metric, many in itertools.product(
-            launches.ARCHITECTURES, TRIPLETS, TRIPLET_KINDS, TRIPLET_DIMS, METRICS[:2],
-            (False, True),
-        )
-    )  # fmt: skip
-    for arch, kernel, side in itertools.product(
-        launches.ARCHITECTURES, patch_kernels.KERNELS, PATCH_SIDES
-    ):
-        yield from patch_entries(arch, kernel, side, PATCH_KINDS)
-
-
-def patch_entries(arch: int, kernel: str, side: int, kinds: tuple[str, ...]) -> Iterator[Entry]:
-    """A kernel of patches of one size, plain and with all options."""
-    for how, kind in itertools.product(patch_kernels.METHODS[kernel], kinds):
-        yield Entry(arch, kernel, kind, side, how, many=how != "plain")
-
-
 def subset() -> list[Entry]:
     """What the tests compile: each architecture, and on sm_90 each kind, at 128 dimensions."""
     kinds = {80: ("ieee", "bfloat16"), 90: launches.KINDS, 100: ("bfloat16",)}
@@ -129,49 +82,52 @@ def subset() -> list[Entry]:
         if (arch, kernel, kind, 128) in SIZES
     ]
     found.append(Entry(90, "statistics", "bfloat16", 256, "dot", many=True))
-    return (
-        found
-        + [
-            Entry(arch, kernel, kind, 128, "l2", many=True)
-            for arch, kernel in itertools.product(launches.ARCHITECTURES, TRIPLETS)
-            for kind in (kinds[arch] if arch != 90 else TRIPLET_KINDS)
-        ]
-        + [
-            entry
-            for arch, kernel in itertools.product(launches.ARCHITECTURES, patch_kernels.KERNELS)
-            for entry in patch_entries(arch, kernel, 224, ("ieee",))
-            if not entry.metric.endswith("reflected")
-        ]
-    )
+    found += [
+        Entry(arch, kernel, kind, 128, "l2", many=True)
+        for arch, kernel in itertools.product(launches.ARCHITECTURES, TRIPLETS)
+        for kind in (kinds[arch] if arch != 90 else GIVEN_KINDS)
+    ]
+    found += [
+        Entry(arch, kernel, kind, 128, "dot", many=True)
+        for arch, kind in ((80, "tf32"), (90, "tf32"), (90, "bfloat16"), (100, "float64"))
+        for kernel in ("nearest limits", "nearest candidates")
+    ]
+    found += [
+        entry
+        for arch, kernel in itertools.product(launches.ARCHITECTURES, patch_kernels.KERNELS)
+        for entry in patch_entries(arch, kernel, 224, ("ieee",))
+        if not entry.metric.endswith("reflected")
+    ]
+    return found + [
+        Entry(90, kernel, "bfloat16" if kernel.startswith("wide") else "ieee", 0, "l2")
+        for kernel in KERNELS
+        if Entry(90, kernel, "ieee", 0, "l2") in set(every_entry())
+    ]
 
 
 def compiled(entry: Entry, sizes: launches.Launch | None = None) -> Resources:
-    """Compile one entry and read what it takes."""
-    sizes = sizes or launch_of(entry)
-    kernel, constants, type_of = row_statistics_kernel, _constants, _type
-    if entry.kernel in TRIPLETS:
-        kernel, constants, type_of = TRIPLETS[entry.kernel], _triplet_constants, _triplet_type
-    elif entry.kernel in patch_kernels.KERNELS:
-        kernel = patch_kernels.KERNELS[entry.kernel]
-        constants, type_of = patch_kernels.constants_of, patch_kernels.type_of
-    elif entry.kernel == "gradients":
-        kernel = point_gradients_kernel
-    constants = constants(entry, sizes)
-    signature, known, hints = {}, {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            known[(position,)] = constants[name]
-            continue
-        signature[name] = type_of(name, entry.kind)
-        aligned = (
-            "x_stride", "y_stride", "own_stride", "other_stride", "dim", "a_row", "p_row", "n_row",
-            *patch_kernels.ALIGNED,
-        )  # fmt: skip
-        if signature[name].startswith("*") or name in aligned:
-            hints[(position,)] = [["tt.divisibility", 16]]
+    """Compile one entry, or find it in the cache, and say what it takes."""
+    sizes, cache = sizes or launch_of(entry), _cache()
+    key = _key(entry, sizes)
+    if key not in cache:
+        cache[key] = list(_compile(entry, sizes))
+    return Resources(*cache[key])
+
+
+def is_compiled(entry: Entry) -> bool:
+    """Whether :func:`compiled` finds the entry in the cache."""
+    return _key(entry, launch_of(entry)) in _cache()
+
+
+def _key(entry: Entry, sizes: launches.Launch) -> str:
+    source = function_of(entry).cache_key
+    parts = (triton.__version__, source, entry.architecture, *arguments(entry, sizes), *sizes[-2:])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def _compile(entry: Entry, sizes: launches.Launch) -> Resources:
     result = triton.compile(
-        ASTSource(kernel, signature, known, hints),
+        ASTSource(function_of(entry), *arguments(entry, sizes)),
         target=GPUTarget("cuda", entry.architecture, 32),
         options={"num_warps": sizes.warps, "num_stages": sizes.stages},
     )
@@ -181,6 +137,7 @@ def compiled(entry: Entry, sizes: launches.Launch | None = None) -> Resources:
     programs = min(
         REGISTERS // (threads * -(-registers // 8) * 8),
         SHARED_OF_PROCESSOR[entry.architecture] // max(1, shared + 1024),
+        WARPS // sizes.warps,
     )
     matrix = r"wgmma\.mma_async|\bmma\.sync|tcgen05\.mma"
     return Resources(
@@ -190,88 +147,20 @@ def compiled(entry: Entry, sizes: launches.Launch | None = None) -> Resources:
     )  # fmt: skip
 
 
-def launch_of(entry: Entry) -> launches.Launch:
-    """Sizes of a call on a GPU of the entry's architecture, with rows enough to fill it."""
-    if entry.kernel in TRIPLETS:
-        block, chunk = triplet_tile(1 << 30, entry.dim, 8 if entry.kind == "float64" else 4, 1)
-        return launches.Launch(block, chunk, chunk, chunk, 4, 1)
-    if entry.kernel in patch_kernels.KERNELS:
-        return patch_kernels.launch_of(entry.kernel, entry.dim, entry.metric == "plain")
-    capability = (entry.architecture // 10, entry.architecture % 10)
-    return launches.launch(entry.kernel, entry.kind, entry.dim, capability, many=entry.many)
+def _read_cache() -> dict[str, list[int]]:
+    return json.loads(CACHE.read_text()) if CACHE.exists() else {}
 
 
-def _type(name: str, kind: str) -> str:
-    operand, given, acc = DTYPES[kind]
-    pointers = {
-        **dict.fromkeys(("x", "x_low", "y", "y_low"), operand),
-        **dict.fromkeys(("own", "own_low", "other", "other_low"), operand),
-        **dict.fromkeys(("given_x", "given_y", "given_own", "given_other"), given),
-        **dict.fromkeys(
-            ("x_sqnorm", "y_sqnorm", "own_sqnorm", "other_sqnorm", "scale", "threshold", "table",
-             "column_table", "grad"), acc,
-        ),
-        **dict.fromkeys(("row_ids", "column_ids", "own_ids", "other_ids"), "i32"),
-        **dict.fromkeys(("exclude", "counts"), "i64"),
-        **dict.fromkeys(("state", "product"), "fp64"),
-    }  # fmt: skip
-    if name in pointers:
-        return "*" + pointers[name]
-    return "i64" if name.startswith("given_") else "i32"
+@functools.cache
+def _cache() -> dict[str, list[int]]:
+    """Results by the hash of what they were compiled from."""
+    return _read_cache()
 
 
-def _constants(entry: Entry, sizes: launches.Launch) -> dict[str, Any]:
-    width = launches.padded_dimension(entry.dim)
-    many = entry.many
-    constants = {
-        "METRIC": METRICS.index(entry.metric),
-        "EXCLUDE": 2 if many else 1,
-        "KEEP": 1 if many else 0,
-        "SPLIT": entry.kind == "bf16x3",
-        "PRECISION": "tf32" if entry.kind == "tf32" else "ieee",
-        "UPCAST": False,
-        "ACC": tl.float64 if entry.kind == "float64" else tl.float32,
-        "BLOCK_D": width,
-        "BLOCK_K": min(sizes.part or width, width),
-    }
-    if entry.kernel == "statistics":
-        return constants | {
-            "SCORE_SUM": many, "RANK": many, "FROM_DOTS": False,
-            "BLOCK_M": sizes.block, "BLOCK_N": sizes.other,
-        }  # fmt: skip
-    return constants | {
-        "OWNS_ROWS": entry.rows, "HAS_ENTROPY": many, "HAS_SUM": False, "HAS_COLUMNS": many,
-        "PRODUCT": many, "ROUND": ROUNDING.get(entry.kind, "none"),
-        "BLOCK": sizes.block, "BLOCK_OTHER": sizes.other,
-    }  # fmt: skip
-
-
-def _triplet_type(name: str, kind: str) -> str:
-    _, given, acc = DTYPES[kind]
-    if name in ("m", "dim", "a_row", "p_row", "n_row", "upstream_stride"):
-        return "i32"
-    return "*" + (given if name in ("a", "p", "n", "da", "dp", "dn") else acc)
-
-
-def _triplet_constants(entry: Entry, sizes: launches.Launch) -> dict[str, Any]:
-    """Distances alone, or with ``many`` the difference with swap; contiguous columns."""
-    many = entry.many
-    unused = (
-        ("grad_positive", "grad_negative", "grad_others") if many
-        else ("difference", "slope", "upstream", "grad_others")
-    )  # fmt: skip
-    return {
-        **dict.fromkeys(("a_column", "p_column", "n_column"), 1),
-        **dict.fromkeys(unused, None),
-        **dict.fromkeys(("HAS_POSITIVE", "HAS_NEGATIVE", "NEEDS_A", "NEEDS_P", "NEEDS_N"), True),
-        "L2": entry.metric == "l2",
-        "BETWEEN": many,
-        "DIFFERENCE": many,
-        "HAS_OTHERS": many,
-        "ACC": tl.float64 if entry.kind == "float64" else tl.float32,
-        "BLOCK": sizes.block,
-        "CHUNK": sizes.other,
-    }
+def _keep_cache() -> None:
+    """Write the results, beside those that another process has written meanwhile."""
+    CACHE.parent.mkdir(exist_ok=True)
+    CACHE.write_text(json.dumps(_read_cache() | _cache()))
 
 
 def _registers(cubin: bytes) -> tuple[int, int]:
@@ -287,55 +176,91 @@ def _registers(cubin: bytes) -> tuple[int, int]:
     return registers, sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", done.stdout)))
 
 
-def document(found: dict[Entry, Resources]) -> str:
-    """The table of docs/triton_kernels.md."""
+def document(found: dict[Entry, Resources], entries: int) -> str:
+    """Text of docs/triton_kernels.md: a line for all metrics of an entry."""
     lines = [
         "# Triton kernels, compiled ahead of time",
         "",
         "Written by `python -m benchmarks.ahead_of_time`; `tests/test_triton_compiled.py` compiles",
         "a part of it again. No GPU has run these: the table says what they take of one. Bytes of",
-        "stack are spilled registers. Entries that are not here were not compiled for it.",
+        "stack are spilled registers. Where the metrics l2, sqeuclidean and dot differ, their",
+        "registers are given in this order; stack and shared memory are then the largest, resident",
+        "warps (of 64 that a multiprocessor holds at most) and matrix instructions the fewest.",
         "",
-        f"Triton {triton.__version__}.",
+        f"{len(found)} of {entries} entries, compiled by Triton {triton.__version__}.",
+        "",
+        "Other versions: Triton 3.6 (torch 2.11) compiles what the tests check for sm_80 and",
+        "sm_90, some of it with up to 72 bytes on the stack where there are none here. For sm_100",
+        "the compilers of 3.6 and 3.7 fail, and `why_not` asks for 3.8, which does not.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "| --- " * len(COLUMNS) + "|",
     ]
-    for e, r in found.items():
+    groups: dict[Entry, list[Resources]] = {}
+    for entry, resources in found.items():
+        merged = entry._replace(metric="") if entry.metric in METRICS else entry
+        groups.setdefault(merged, []).append(resources)
+    for e, group in groups.items():
         sizes = launch_of(e)
-        side = (" of rows" if e.rows else " of columns") if e.kernel == "gradients" else ""
-        extras = ", all options" if e.many else ""
+        registers, spilled, shared, matrix, _, warps, _ = zip(*group, strict=True)
+        shown = registers if len(set(registers)) > 1 else registers[:1]
         lines.append(
-            f"| {e.architecture} | {e.kernel}{side}{extras} | {e.kind} | {e.dim} | {e.metric} | "
-            f"{sizes.block} × {sizes.other} | {sizes.warps} | {r.registers} | {r.spilled} | "
-            f"{r.shared / 1024:.0f} | {r.matrix_instructions} | {r.warps_resident} |"
+            f"| {e.architecture} | {name_of(e)} | {e.kind} | {e.dim or 'any'} | "
+            f"{sizes.block} × {sizes.other} | {sizes.warps} | {', '.join(map(str, shown))} | "
+            f"{max(spilled)} | {max(shared) / 1024:.0f} | {min(matrix)} | {min(warps)} |"
         )
     return "\n".join(lines) + "\n"
 
 
+def name_of(entry: Entry) -> str:
+    """The kernel of an entry in the document."""
+    if entry.kernel in patch_kernels.KERNELS:
+        return f"{entry.kernel}, {entry.metric}"
+    side = (" of rows" if entry.rows else " of columns") if entry.kernel == "gradients" else ""
+    return entry.kernel + side + (", all options" if entry.many else "")
+
+
+def problem(entry: Entry, resources: Resources) -> str | None:
+    """Why a launch of these resources is not to be made, or None."""
+    if resources.spilled:
+        return f"spills {resources.spilled} bytes of registers"
+    if resources.shared > SHARED[entry.architecture]:
+        return f"takes {resources.shared} bytes of shared memory"
+    return None
+
+
 def main() -> None:
     """Compile, and print JSON or write the document."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Compile the Triton kernels for GPUs that are not here."
+    )
     parser.add_argument("--subset", action="store_true")
-    parser.add_argument("--document", action="store_true", help="with --subset: write it too")
-    parser.add_argument("--metric", choices=METRICS, action="append")
-    parser.add_argument("--architecture", type=int, action="append")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--kernel", help="only kernels whose name starts so; no document")
+    parser.add_argument("--metric", choices=METRICS, help="only this one; no document")
     options = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if options.subset:
         results = {e: compiled(e) for e in subset()}
-        if options.document:
-            TABLE.write_text(document(results))
-        else:
-            print(json.dumps([(e._asdict(), r._asdict()) for e, r in results.items()]))
+        print(json.dumps([(e._asdict(), r._asdict()) for e, r in results.items()]))
         return
     entries = [
         e
         for e in every_entry()
-        if e.metric in (options.metric or METRICS)
-        and e.architecture in (options.architecture or launches.ARCHITECTURES)
+        if e.kernel.startswith(options.kernel or "") and e.metric == (options.metric or e.metric)
     ]
-    TABLE.write_text(document({e: compiled(e) for e in entries}))
+    end, results = time.monotonic() + options.seconds, {}
+    for entry in entries:
+        if time.monotonic() < end or is_compiled(entry):
+            results[entry] = compiled(entry)
+    _keep_cache()
+    for entry, resources in results.items():
+        if reason := problem(entry, resources):
+            print(f"{entry}: {launch_of(entry)} {reason}")
+    if not (options.kernel or options.metric):
+        TABLE.write_text(document(results, len(entries)))
+    if len(results) < len(entries):
+        sys.exit(f"{len(results)} of {len(entries)} entries compiled; run it again")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from unittest import mock
 import torch
 import triton
 
-from benchmarks.ahead_of_time import SHARED, Entry, compiled
+from benchmarks.ahead_of_time import compiled, problem
+from benchmarks.triton_launches import Entry
 from fastcontrast import distance_softmax
 from fastcontrast.backends.triton import distance_softmax as entries
 from fastcontrast.backends.triton import launch as launches
@@ -34,6 +35,7 @@ Per architecture, kernel, kind of operands and class of dimensions: points that 
 points of a tile, the same where a call has more to do (launch.Launch), columns at a time, warps,
 stages. MEASURED says which entries have been timed, where and when; the others are the largest that
 compile without spilling registers. What has no entry spills at every size, and goes to wide.py.
+"nearest" takes any dimension, those beyond the last class in parts.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def fits(entry: Entry, sizes: launches.Launch) -> bool:
         except Exception as error:  # the compiler's own, of many classes: the size is not possible
             print(f"  {sizes}: {str(error).splitlines()[0][:80]}")
             return False
-        if found.spilled or found.shared > SHARED[entry.architecture]:
+        if problem(entry, found):
             return False
     return True
 

@@ -126,6 +126,65 @@ def test_a_row_stride_beyond_32_bits() -> None:
     assert lse.item() == pytest.approx(-2 + math.log(3), abs=1e-5)
 
 
+@pytest.mark.parametrize("farthest", [False, True])
+def test_blocks_of_rows_and_lists_that_overflow(
+    farthest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Distances shared by many columns: lists grow twice, in blocks of a few rows each time."""
+    from fastcontrast.backends.triton import nearest as module
+
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr(module, "ROOM", 0)
+    x, y = torch.randint(-1, 2, (9, 3)).float(), torch.randint(-1, 2, (600, 3)).float()
+    x[4, 1], y[5, 0] = torch.nan, torch.inf
+    for k in (2, 150):
+        found, truth = (
+            fc.nearest(x, y, k, farthest=farthest, backend=b) for b in ("triton", "reference")
+        )
+        assert torch.equal(found.indices, truth.indices)
+        torch.testing.assert_close(found.values, truth.values, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("farthest", [False, True])
+def test_bounds_of_keys_hold(farthest: bool, metric: str, dtype: torch.dtype) -> None:
+    """With products whose every term is off by eps, as by matrix units that truncate."""
+    from fastcontrast.backends.scores import Scores
+    from fastcontrast.backends.triton.nearest import _bounds, _norms, _unit_rows
+    from fastcontrast.backends.triton.operands import prepare
+
+    x = torch.randn(40, 30) * 10.0 ** torch.arange(-20, 20)[:, None].clamp(-4, 4)
+    y = torch.cat([x[:20] * 1.001, 3 + torch.randn(40, 30), torch.zeros(1, 30)])
+    a, b = given = x.to(dtype), y.to(dtype)
+    if metric == "cosine":
+        a, b = (_unit_rows(v, _norms(v)) for v in given)
+    scores = Scores("dot" if metric == "cosine" else metric, 1.0, None, None, None, "all", "tf32")
+    operands = prepare(a, b, scores)
+    (x_low, x_high), (y_low, y_high) = _bounds(operands, metric, farthest)
+    sides = operands.x.values.double(), operands.y.values.double()
+    terms = sides[0][:, None] * sides[1]
+    eps = torch.finfo(operands.scale.dtype).eps
+    p, q = (v.double() for v in given)
+    for drift in (-eps, eps):
+        dots = (terms * (1 + drift * terms.sign())).sum(2)
+        if metric in ("dot", "cosine"):
+            direct = (p[:, None] * q).sum(2)
+            if metric == "cosine":
+                norms = p.norm(dim=1)[:, None] * q.norm(dim=1)
+                direct = torch.where(norms == 0, 0.0, direct / norms)
+            sign = 1.0 if farthest else -1.0
+            low, high = x_low[:, None] * y_low, x_high[:, None] * y_high
+            by_products = sign * dots
+        else:
+            sign = -1.0 if farthest else 1.0
+            direct = (p[:, None] - q).square().sum(2)
+            low, high = x_low[:, None] + y_low, x_high[:, None] + y_high
+            by_products = -2 * sign * dots
+        assert bool((low + by_products <= sign * direct).all())
+        assert bool((high + by_products >= sign * direct).all())
+
+
 @pytest.mark.parametrize("dim", [0, 1, 100, 5000])
 @pytest.mark.parametrize("rows", [1, 600, 100_000])
 def test_tiles_of_triplets_fill_the_device(rows: int, dim: int) -> None:

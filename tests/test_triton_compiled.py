@@ -21,6 +21,7 @@ from fastcontrast.backends import triton
 from fastcontrast.backends.triton import launch as launches
 
 ROOT = Path(__file__).resolve().parents[1]
+WITH_PRODUCTS = (*launches.KERNELS, "nearest limits", "nearest candidates")
 
 
 @functools.cache
@@ -50,13 +51,13 @@ class TestCompiled:
         """By all kernels with products but those of float32 in full, for which there are none."""
         for entry, resources in compiled_subset():
             used = resources["matrix_instructions"] > 0
-            wanted = entry["kernel"] in launches.KERNELS and entry["kind"] != "ieee"
+            wanted = entry["kernel"] in WITH_PRODUCTS and entry["kind"] != "ieee"
             assert used == wanted, (entry, resources)
 
     def test_tiles_are_loaded_ahead(self) -> None:
         """A branch for near pairs must not keep the loop from being pipelined."""
         for entry, resources in compiled_subset():
-            if entry["kernel"] in launches.KERNELS and entry["kind"] in ("bfloat16", "float16"):
+            if entry["kernel"] in WITH_PRODUCTS and entry["kind"] in ("bfloat16", "float16"):
                 assert resources["asynchronous_copies"] > 0, (entry, resources)
 
     def test_patches_are_written_by_vectors(self) -> None:
@@ -71,15 +72,22 @@ class TestCompiled:
 
         if f"Triton {library.__version__}." not in text:
             pytest.skip("docs/triton_kernels.md was written with another Triton")
+        rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
         for e, r in compiled_subset():
-            wanted = f"| {r['registers']} | {r['spilled']} | {r['shared'] / 1024:.0f} |"
-            lines = [
-                line
-                for line in text.splitlines()
-                if line.startswith(f"| {e['architecture']} | {e['kernel']}")
-                and f"| {e['kind']} | {e['dim']} | {e['metric']} |" in line
-            ]
-            assert any(wanted in line for line in lines), (e, wanted)
+            name = e["kernel"]
+            if name == "gradients":
+                name += " of rows" if e["rows"] else " of columns"
+            if name.startswith("patches"):
+                name += f", {e['metric']}"
+            else:
+                name += ", all options" if e["many"] else ""
+            key = [f"| {e['architecture']}", name, e["kind"], str(e["dim"] or "any")]
+            found = [row for row in rows if row[:4] == key]
+            assert len(found) == 1, e
+            registers, stack, shared = found[0][6:9]
+            assert str(r["registers"]) in registers.split(", "), (e, r)
+            assert int(stack) >= r["spilled"], (e, r)
+            assert int(shared) >= round(r["shared"] / 1024), (e, r)
 
 
 def test_the_launch_table_is_whole() -> None:
@@ -99,5 +107,18 @@ def test_the_launch_table_is_whole() -> None:
                         # bf16x3: two warp groups share 64 rows and part their columns.
                         if capability == (9, 0) and kind not in ("ieee", "float64", "bf16x3"):
                             assert sizes.block >= 64 * warp_groups  # or WGMMA is lost
+        for kind in launches.NEAREST_KINDS:
+            for dim in (1, 128, 129, 257, 5000):
+                sizes = launches.launch("nearest", kind, dim, capability)
+                assert sizes.block % 16 == sizes.other % 16 == 0
+                assert 0 < sizes.part < dim or dim <= 128  # wide points go through in parts
     with pytest.raises(ValueError, match="dim must be at most 256, got 257"):
         launches.dimension_class(257)
+
+
+def test_versions_that_cannot_compile_are_named() -> None:
+    assert triton.version_problem((10, 0), "3.8.0") is None
+    assert triton.version_problem((9, 0), "3.6.0") is None
+    assert triton.version_problem((12, 0), "3.6.0+git1") is None
+    reason = triton.version_problem((10, 3), "3.7.1")
+    assert reason == "compute capability 10 needs triton 3.8 or newer, 3.7.1 is installed"

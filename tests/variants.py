@@ -108,6 +108,46 @@ LOSS_FILES = (
 THROUGH_EVERY_LOSS = "test_half_inputs_lose_only_their_own_rounding"
 
 
+# Parameters of tests/test_nearest.py that are interpreted, a regime each; calls take 0.1 to 1 s.
+FLOAT32_L2: dict[str, tuple[Any, ...]] = {
+    "metric": ("l2",), "dtype": (torch.float32,), "farthest": (False,),
+}  # fmt: skip
+NEAREST: dict[str, list[dict[str, tuple[Any, ...]]]] = {
+    "test_the_equation": [{"shape": ("vector plus one",), "farthest": (True,)}],
+    "test_every_shape_and_mask": [
+        {"shape": ("ragged",), "mask": ("different and diagonal",), "metric": ("l2", "dot")},
+        {"shape": ("ragged",), "mask": ("two excluded", "same"), "metric": ("cosine",)},
+        {"shape": ("one row", "no dimensions", "vector", "wide"), "mask": ("all",), **FLOAT32_L2},
+    ],
+    "test_dtypes_and_layouts": [
+        {"layout": ("contiguous",), "metric": ("sqeuclidean", "cosine")},
+        {"layout": ("transposed", "sliced"), **FLOAT32_L2},
+    ],
+    "test_mixed_dtypes_are_promoted": [{}],
+    "test_ties_go_to_the_lower_column": [FLOAT32_L2],
+    "test_copies_of_a_column_tie": [{"metric": ("l2", "cosine")}],
+    "test_hard_data": [
+        {"data": ("collapsed", "one far outlier"), "metric": ("l2",)},
+        {"data": ("denormal", "scales apart"), "metric": ("dot",)},
+    ],
+    "test_near_duplicates_keep_their_order": [{"distance": (1e-3,)}],
+    "test_rows_with_too_few_columns_are_filled": [{}],
+    "test_empty": [{}],
+    "test_nan_comes_last": [{"metric": ("l2", "dot"), "farthest": (False,)}],
+    "test_infinite_coordinates": [{"metric": ("l2", "cosine"), "farthest": (True,)}],
+    "test_compiled_equals_eager": [{"metric": ("l2",)}],
+    "test_autocast_does_not_lower_the_products": [{}],
+}
+
+
+def _is_regime_of_nearest(name: str, parameters: dict[str, Any]) -> bool:
+    """Whether one of NEAREST has each of these parameters, where it speaks of it."""
+    return any(
+        all(parameters[key] in values for key, values in regime.items() if key in parameters)
+        for regime in NEAREST.get(name, [])
+    )
+
+
 def worth_interpreting(item: Any) -> bool:
     """Whether the interpreter should run this test."""
     if "test_triton" in item.nodeid:
@@ -142,6 +182,8 @@ def _is_a_regime(item: Any) -> bool:
     """Whether a slow variant should run this test: see INTERPRETED_SCORES."""
     parameters = _parameters(item)
     name = item.nodeid.partition("::")[2].partition("[")[0]
+    if "test_nearest" in item.nodeid:
+        return _is_regime_of_nearest(name, parameters)
     if name in NOT_INTERPRETED:
         return False
     if any(file in item.nodeid for file in LOSS_FILES) and name != THROUGH_EVERY_LOSS:

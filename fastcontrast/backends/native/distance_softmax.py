@@ -16,12 +16,9 @@ import torch
 from torch import Tensor
 
 from fastcontrast import _C
+from fastcontrast.backends.float32_products import float32_products
 from fastcontrast.backends.native import devices, distance_softmax_cuda
-from fastcontrast.backends.native.products import (
-    ROUNDINGS,
-    choose_products,
-    ieee_products,
-)
+from fastcontrast.backends.native.products import ROUNDINGS, choose_products
 from fastcontrast.backends.reference.distance_softmax import loss_by_two_passes
 from fastcontrast.backends.scores import (
     KEEPS,
@@ -108,7 +105,7 @@ def softmax_loss(
         None if value is None else _plain(value.detach(), dtype) for value in weights[:2]
     )
     entry = getattr(_C, f"softmax_loss_{operands.suffix}")
-    with ieee_products():
+    with float32_products("ieee"):
         for rows, columns, tile in operands.tiles():
             entry(
                 **tile,
@@ -209,7 +206,7 @@ def _take_statistics(
     score_sum = out.score_sum if out.score_sum.shape[0] else None
     state = torch.empty(min(operands.x.shape[0], operands.tile_rows), 4, dtype=torch.float64)
     entry = getattr(_C, f"distance_softmax_forward_{operands.suffix}")
-    with ieee_products():
+    with float32_products("ieee"):
         for rows, span, tile in operands.tiles():
             entry(
                 **tile,
@@ -248,7 +245,7 @@ def _gradients(
         low = (lse2 - high).to(lse.dtype)
         grad_column_lse = by_columns[1].to(lse.dtype).contiguous()
     entry = getattr(_C, f"distance_softmax_backward_{operands.suffix}")
-    with ieee_products():
+    with float32_products("ieee"):
         for rows, columns, tile in operands.tiles():
             entry(
                 **tile,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcontrast import _C
+from fastcontrast.backends.float32_products import float32_products
 from fastcontrast.backends.native import devices
 from fastcontrast.backends.native.distance_softmax import (
     TILE_COLUMNS,
@@ -19,7 +20,6 @@ from fastcontrast.backends.native.distance_softmax import (
     _Operands,
 )
 from fastcontrast.backends.native.extract_patches import SCALARS
-from fastcontrast.backends.native.products import ieee_products
 from fastcontrast.backends.scores import KEEPS, METRICS, Scores, accumulator_dtype, padding
 
 # Candidates that a list holds beyond 2k; a full one is cut.
@@ -55,7 +55,7 @@ def nearest_columns(
     x_size, y_size = points.sizes(operands)
     lists = _lists(min(m, block), capacity, dtype)
     entry = getattr(_C, f"nearest_{operands.suffix}")
-    with ieee_products():
+    with float32_products("ieee"):
         for rows, columns, tile in operands.tiles():
             tile["x"] = _address(points.x, rows)
             entry(

@@ -8,8 +8,6 @@ for float32 inputs as far as the precision allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -241,27 +239,3 @@ def _addresses(packed: Tensor, offset: int) -> tuple[int, int, int]:
     high = packed.data_ptr() + offset * packed.element_size()
     low = high + packed.stride(0) * packed.element_size() if packed.shape[0] == 2 else 0
     return high, low, packed.stride(1)
-
-
-@contextmanager
-def ieee_products() -> Iterator[None]:
-    """Full float32 products, whatever torch's global settings allow.
-
-    Norms and dot products must come from operands rounded alike, and on CPU nothing is gained yet
-    by rounding them.
-    """
-    setting = getattr(torch.backends.mkldnn, "matmul", None)
-    if setting is None:  # before torch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    before = setting.fp32_precision
-    setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before

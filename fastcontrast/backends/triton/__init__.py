@@ -7,8 +7,10 @@ fastcontrast`` neither needs it nor waits for it. ``import triton`` here means t
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import sysconfig
 from typing import Any
@@ -21,6 +23,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "distance_softmax": FLOATING,
     "extract_patches": (torch.uint8, *FLOATING),
+    "nearest": FLOATING,
     "triplet_distances": FLOATING,
 }
 # Entry of the backend table -> file of this folder that holds it.
@@ -28,6 +31,7 @@ ENTRIES: dict[str, str] = {
     "distance_softmax_forward": "distance_softmax",
     "distance_softmax_backward": "distance_softmax",
     "softmax_loss": "distance_softmax",
+    "nearest_columns": "nearest",
     "sample_coords": "patch_draws",
     "first_invalid_box": "extract_patches",
     "extract_patches_forward": "extract_patches",
@@ -42,6 +46,9 @@ ENTRIES: dict[str, str] = {
 # is imported: it has to be set before Python starts, and is read here once.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 MINIMUM_CAPABILITY = (8, 0)
+# Compilers of older Triton fail at reductions of what its tensor memory holds (capability 10.x).
+TENSOR_MEMORY_CAPABILITY = 10
+TENSOR_MEMORY_VERSION = (3, 8)
 
 
 def _import_problem() -> str | None:
@@ -92,6 +99,15 @@ def _device_problem(tensor: Tensor) -> str | None:
     if capability < MINIMUM_CAPABILITY:
         found = ".".join(map(str, capability))
         return f"the Triton kernels need compute capability 8.0, this device has {found}"
+    return version_problem(capability, importlib.metadata.version("triton"))
+
+
+def version_problem(capability: tuple[int, int], version: str) -> str | None:
+    """Reason why a version of Triton cannot compile the kernels for a device, or None."""
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if capability[0] == TENSOR_MEMORY_CAPABILITY and numbers < TENSOR_MEMORY_VERSION:
+        wanted = ".".join(map(str, TENSOR_MEMORY_VERSION))
+        return f"compute capability 10 needs triton {wanted} or newer, {version} is installed"
     return None
 
 

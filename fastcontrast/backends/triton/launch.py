@@ -14,6 +14,8 @@ from fastcontrast.backends.triton.launch_table import SIZES
 # Up to this dimension a program keeps whole points; beyond, PyTorch's GEMMs do it (wide.py).
 LARGEST_FUSED = 256
 KERNELS = ("statistics", "gradients")
+# Kinds of operands of the kernel "nearest", which takes any dimension.
+NEAREST_KINDS = ("float64", "tf32", "bfloat16", "float16")
 # How operands meet the matrix units: see backends/triton/operands.py.
 KINDS = ("float64", "ieee", "tf32", "bf16x3", "bfloat16", "float16")
 ARCHITECTURES = (80, 90, 100)
@@ -73,20 +75,23 @@ def launch(
     """Sizes for one call.
 
     Args:
-        kernel: One of KERNELS.
-        kind: One of KINDS.
-        dim: Dimension of the points, at most LARGEST_FUSED.
+        kernel: One of KERNELS, or "nearest".
+        kind: One of KINDS, or of NEAREST_KINDS.
+        dim: Dimension of the points, at most LARGEST_FUSED but for "nearest".
         capability: Of the device; None under the interpreter.
         many: Whether the call has what other_many is for.
     """
     if capability is None:
-        return INTERPRETED
+        return INTERPRETED_NEAREST if kernel == "nearest" else INTERPRETED
+    if kernel == "nearest":
+        dim = min(dim, LARGEST_FUSED)
     found = Launch(*SIZES[architecture(capability), kernel, kind, dimension_class(dim)])
     return found._replace(other=found.other_many) if many else found
 
 
 # Small, so that test shapes have several tiles on both sides, and unlike on the two sides.
 INTERPRETED = Launch(block=64, other=32, other_many=32, part=0, warps=1, stages=1)
+INTERPRETED_NEAREST = Launch(block=64, other=128, other_many=128, part=16, warps=1, stages=1)
 
 
 class PatchLaunch(NamedTuple):

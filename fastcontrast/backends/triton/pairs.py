@@ -1,8 +1,8 @@
-"""Positives of `softmax_loss`: scores of given pairs by direct difference, and their gradients.
+"""Given pairs by direct difference: positives of `softmax_loss`, candidates of `nearest`.
 
 Maths: t_i = score of (x_i, y_target(i)); dx_i += c_i (y - x), dy_target += c_i (x - y), for "dot"
     c_i y and c_i x.
-Tiling: scores: a program owns BLOCK rows. Gradients: a program owns OWNERS points and reads the
+Tiling: values: a program owns BLOCK pairs. Gradients: a program owns OWNERS points and reads the
     pairs of these, which the host has sorted by owner, ENTRIES at a time.
 Memory: both points of every pair are read by their strides; gradients are read and written once.
 Numerics: sums in the accumulator dtype. One writer per gradient row, in a fixed order.
@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastcontrast.backends.triton import INTERPRETED
 from fastcontrast.backends.triton.operands import Operands, Points
 
-BLOCK = 64
+# The interpreter takes as long for a program of few pairs as for one of many.
+BLOCK = 1024 if INTERPRETED else 64
 CHUNK = 32
 OWNERS = 16
 ENTRIES = 16
@@ -30,13 +32,14 @@ ENTRIES = 16
 
 @triton.jit
 def pair_values_kernel(
-    x, y, target, values, m, dim, x_row, x_column, y_row, y_column,
+    x, y, target, values, count, targets, dim, x_row, x_column, y_row, y_column,
     IS_DOT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Dot product or squared distance of every row and its target; 0 where there is none."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    in_rows = row < m
-    partner = tl.load(target + row, mask=in_rows, other=-1)
+    """Dot product or squared distance of every row and its targets; 0 where there is none."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    in_pairs = place < count
+    row = place // targets
+    partner = tl.load(target + place, mask=in_pairs, other=-1)
     pair = partner >= 0
     total = tl.zeros([BLOCK], dtype=ACC)
     for start in range(0, dim, CHUNK):
@@ -46,7 +49,7 @@ def pair_values_kernel(
         b = tl.load(y + partner[:, None] * y_row + k[None, :] * y_column, mask=mask, other=0.0)
         a, b = a.to(ACC), b.to(ACC)
         total += tl.sum(a * b if IS_DOT else (a - b) * (a - b), 1)
-    tl.store(values + row, total, mask=in_rows)
+    tl.store(values + place, total, mask=in_pairs)
 
 
 @triton.jit
@@ -88,14 +91,24 @@ def add_pairs_kernel(
         tl.store(at, tl.load(at, mask=mask, other=0.0) + total, mask=mask)
 
 
+def pair_values(x: Tensor, y: Tensor, target: Tensor, metric: str, dtype: torch.dtype) -> Tensor:
+    """Squared distances of every row and its targets, int64 [M, T], or "dot" products; [M, T].
+
+    Taken and summed in ``dtype``, float32 or float64; 0 where a target is negative.
+    """
+    values = torch.empty(target.shape, dtype=dtype, device=x.device)
+    pair_values_kernel[(triton.cdiv(target.numel(), BLOCK),)](
+        x, y, target.contiguous(), values, target.numel(), *target.shape[1:], x.shape[1],
+        *x.stride(), *y.stride(), IS_DOT=metric == "dot",
+        ACC=tl.float64 if dtype == torch.float64 else tl.float32, BLOCK=BLOCK, CHUNK=CHUNK,
+    )  # fmt: skip
+    return values
+
+
 def pair_scores(operands: Operands, target: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Score s_it of every row [M], and what (·scale·∂L/∂s) turns into the weight c of the pair."""
-    x, y = operands.x.given, operands.y.given
-    values = torch.empty(x.shape[0], dtype=operands.scale.dtype, device=x.device)
-    pair_values_kernel[(triton.cdiv(x.shape[0], BLOCK),)](
-        x, y, target, values, *x.shape, *x.stride(), *y.stride(),
-        IS_DOT=metric == "dot", ACC=operands.acc, BLOCK=BLOCK, CHUNK=CHUNK,
-    )  # fmt: skip
+    dtype = operands.scale.dtype
+    values = pair_values(operands.x.given, operands.y.given, target[:, None], metric, dtype)[:, 0]
     if metric == "dot":
         return operands.scale * values, torch.ones_like(values)
     if metric == "sqeuclidean":

@@ -17,14 +17,13 @@ Numerics: as there. Weights of near pairs are 0 in the products; the pass leaves
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastcontrast.backends.float32_products import float32_products
 from fastcontrast.backends.triton.launch import Launch
 from fastcontrast.backends.triton.operands import Operands, Points
 from fastcontrast.backends.triton.point_gradients import (
@@ -54,7 +53,7 @@ BLOCK_SCORES = 1 << 25
 BLOCK_M = 8
 BLOCK_N = 256
 # The statistics of a block, from its scores alone.
-WIDE = Launch(block=BLOCK_M, other=BLOCK_N, other_many=BLOCK_N, part=16, warps=4, stages=2)
+WIDE = Launch(block=BLOCK_M, other=BLOCK_N, other_many=BLOCK_N, part=16, warps=8, stages=2)
 
 
 @triton.jit
@@ -249,6 +248,7 @@ class Weights:
             **self.options, HAS_ENTROPY=self.has_entropy, HAS_SUM=self.has_sum,
             HAS_COLUMNS=columns is not None, SPLIT=two, ROUND=operands.weight_rounding,
             NEEDS_X=self.needs[0], ACC=operands.acc, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            num_warps=WIDE.warps,
         )  # fmt: skip
         parts = (weights, low) if two else (weights,)
         distances = self.options["METRIC"] != DOT.value
@@ -301,7 +301,7 @@ def product(a: Tensor, b: Tensor, kind: str) -> Tensor:
     if a.is_cuda and a.dtype == b.dtype != wanted and _HAS_OUT_DTYPE:
         return torch.mm(a, b, out_dtype=wanted)
     # bfloat16 and float16 numbers are exact in TF32, and so are those rounded to it.
-    with _float32_products("ieee" if kind == "ieee" or not a.is_cuda else "tf32", a.is_cuda):
+    with float32_products("ieee" if kind == "ieee" or not a.is_cuda else "tf32", cuda=a.is_cuda):
         return a.to(wanted) @ b.to(wanted)
 
 
@@ -323,23 +323,3 @@ def _sides(points: Points) -> tuple[Tensor, ...]:
 def _points(points: Points, rows: slice) -> Tensor:
     dtype = torch.float64 if points.values.dtype == torch.float64 else torch.float32
     return sum_of(side[rows].to(dtype) for side in _sides(points))
-
-
-@contextmanager
-def _float32_products(precision: str, cuda: bool) -> Iterator[None]:
-    """How torch may round float32 operands of a product, whatever its global settings say."""
-    setting: Any = getattr(torch.backends.cuda if cuda else torch.backends.mkldnn, "matmul", None)
-    if not hasattr(setting, "fp32_precision"):  # before torch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    before = setting.fp32_precision
-    setting.fp32_precision = precision
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before

@@ -1,0 +1,390 @@
+"""Every launch of the Triton kernels, as a compiler wants it: constants, types, sizes, options.
+
+Read by ahead_of_time.py, which compiles them for GPUs that are not here, and by tune.py. A kernel
+that is added gets an entry in KERNELS and a line in :func:`every_entry`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+from benchmarks import patch_kernels
+from fastcontrast.backends.triton import launch as launches
+from fastcontrast.backends.triton import operands, pairs, wide
+from fastcontrast.backends.triton.distance_softmax import MERGE_BLOCK
+from fastcontrast.backends.triton.launch import Launch
+from fastcontrast.backends.triton.launch_table import SIZES
+from fastcontrast.backends.triton.nearest import nearest_kernel
+from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
+from fastcontrast.backends.triton.row_statistics import merge_splits_kernel, row_statistics_kernel
+from fastcontrast.backends.triton.triplet_distances import (
+    triplet_backward_kernel,
+    triplet_forward_kernel,
+    triplet_tile,
+)
+
+METRICS = ("l2", "sqeuclidean", "dot")
+# Kinds whose points are of different dtypes, as kernels without products see them.
+GIVEN_KINDS = ("float64", "ieee", "bfloat16", "float16")
+TRIPLETS = ("triplets forward", "triplets backward")
+TRIPLET_DIMS = (32, 128, 1024)
+PATCH_KINDS = ("float64", "ieee", "bfloat16")
+PATCH_SIDES = (32, 224)
+# Triton's names of the dtypes of (operands, points as given, sums) of each kind.
+DTYPES = {
+    "float64": ("fp64", "fp64", "fp64"),
+    "ieee": ("fp32", "fp32", "fp32"),
+    "tf32": ("fp32", "fp32", "fp32"),
+    "bf16x3": ("bf16", "fp32", "fp32"),
+    "bfloat16": ("bf16", "bf16", "fp32"),
+    "float16": ("fp16", "fp16", "fp32"),
+}
+ROUNDING = {"bfloat16": "bf16", "bf16x3": "bf16", "tf32": "tf32", "float16": "tf32"}
+
+
+class Entry(NamedTuple):
+    """One compilation.
+
+    Attributes:
+        architecture: One of launch.ARCHITECTURES.
+        kernel: One of KERNELS, or of patch_kernels.KERNELS.
+        kind: One of launch.KINDS.
+        dim: A class of dimensions; 0 where the kernel is the same for all.
+        metric: One of METRICS; for patches one of patch_kernels.METHODS.
+        rows: Whether the gradients are those of the rows.
+        many: With all options.
+    """
+
+    architecture: int
+    kernel: str
+    kind: str
+    dim: int
+    metric: str
+    rows: bool = True
+    many: bool = False
+
+
+class Kernel(NamedTuple):
+    """A kernel, the constants of an entry, and Triton's types of arguments by name.
+
+    In ``types``, "operand", "given" and "acc" stand for what the kind makes them (DTYPES), and what
+    has no type is an int32.
+    """
+
+    function: Any
+    constants: Callable[[Entry, Launch], dict[str, Any]]
+    types: dict[str, tuple[str, ...]]
+
+
+def every_entry() -> Iterator[Entry]:
+    """All that can be launched."""
+    both, architectures = (False, True), launches.ARCHITECTURES
+    for (arch, kernel, kind, dim), metric, many in itertools.product(SIZES, METRICS, both):
+        if kernel == "nearest":  # nor do its kernels know l2 from sqeuclidean
+            if metric != "sqeuclidean":
+                yield Entry(arch, "nearest limits", kind, dim, metric, many=many)
+                yield Entry(arch, "nearest candidates", kind, dim, metric, many=many)
+            continue
+        yield Entry(arch, kernel, kind, dim, metric, True, many)
+        if kernel == "gradients":
+            yield Entry(arch, kernel, kind, dim, metric, False, many)
+    for arch in architectures:
+        for kind, metric, many in itertools.product(launches.KINDS, METRICS, both):
+            yield Entry(arch, "wide statistics", kind, 0, metric, many=many)
+            yield Entry(arch, "wide weights", kind, 0, metric, many=many)
+        for kind, metric in itertools.product(launches.KINDS, METRICS):
+            yield Entry(arch, "points", kind, 0, metric)
+        for kind, metric in itertools.product(GIVEN_KINDS, METRICS):
+            yield Entry(arch, "add pairs", kind, 0, metric)
+            yield Entry(arch, "wide near columns", kind, 0, metric)
+            for many in both:
+                yield Entry(arch, "pair values", kind, 0, metric, many=many)
+        for kind, many in itertools.product(("float64", "ieee"), both):
+            yield Entry(arch, "merge of splits", kind, 0, "l2", many=many)
+        for kernel, kind, dim, metric, many in itertools.product(
+            TRIPLETS, GIVEN_KINDS, TRIPLET_DIMS, METRICS[:2], both
+        ):
+            yield Entry(arch, kernel, kind, dim, metric, many=many)
+        for kernel, side in itertools.product(patch_kernels.KERNELS, PATCH_SIDES):
+            yield from patch_entries(arch, kernel, side, PATCH_KINDS)
+
+
+def patch_entries(arch: int, kernel: str, side: int, kinds: tuple[str, ...]) -> Iterator[Entry]:
+    """A kernel of patches of one size, plain and with all options."""
+    for how, kind in itertools.product(patch_kernels.METHODS[kernel], kinds):
+        yield Entry(arch, kernel, kind, side, how, many=how != "plain")
+
+
+def function_of(entry: Entry) -> Any:
+    """The jitted function of an entry."""
+    if entry.kernel in patch_kernels.KERNELS:
+        return patch_kernels.KERNELS[entry.kernel]
+    return KERNELS[entry.kernel].function
+
+
+def launch_of(entry: Entry) -> Launch:
+    """Sizes of a call on a GPU of the entry's architecture, with rows enough to fill it."""
+    if entry.kernel in TRIPLETS:
+        block, chunk = triplet_tile(1 << 30, entry.dim, 8 if entry.kind == "float64" else 4, 1)
+        return Launch(block, chunk, chunk, chunk, 4, 1)
+    if entry.kernel in patch_kernels.KERNELS:
+        return patch_kernels.launch_of(entry.kernel, entry.dim, entry.metric == "plain")
+    if entry.kernel in OWN_SIZES:
+        block, other = OWN_SIZES[entry.kernel]
+        warps = wide.WIDE.warps if entry.kernel == "wide weights" else 4
+        return Launch(block, other, other, 0, warps, 3)  # otherwise Triton's own
+    if entry.kernel == "wide statistics":
+        return wide.WIDE
+    capability = (entry.architecture // 10, entry.architecture % 10)
+    kernel = entry.kernel.split(" ")[0]
+    return launches.launch(kernel, entry.kind, entry.dim, capability, many=entry.many)
+
+
+def _acc(entry: Entry) -> Any:
+    return tl.float64 if entry.kind == "float64" else tl.float32
+
+
+def _metric_and_mask(entry: Entry) -> dict[str, Any]:
+    many = entry.many
+    return {
+        "METRIC": METRICS.index(entry.metric),
+        "EXCLUDE": 2 if many else 1,
+        "KEEP": 1 if many else 0,
+        "ACC": _acc(entry),
+    }
+
+
+def _products(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    width = launches.padded_dimension(entry.dim)
+    return _metric_and_mask(entry) | {
+        "SPLIT": entry.kind == "bf16x3",
+        "PRECISION": "tf32" if entry.kind == "tf32" else "ieee",
+        "UPCAST": False,
+        "BLOCK_D": width,
+        "BLOCK_K": min(sizes.part or width, width),
+    }
+
+
+def _statistics(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    return _products(entry, sizes) | {
+        "SCORE_SUM": entry.many, "RANK": entry.many, "FROM_DOTS": entry.dim == 0,
+        "BLOCK_M": sizes.block, "BLOCK_N": sizes.other,
+    }  # fmt: skip
+
+
+def _gradients(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    many = entry.many
+    return _products(entry, sizes) | {
+        "OWNS_ROWS": entry.rows, "HAS_ENTROPY": many, "HAS_SUM": False, "HAS_COLUMNS": many,
+        "PRODUCT": many, "ROUND": ROUNDING.get(entry.kind, "none"),
+        "BLOCK": sizes.block, "BLOCK_OTHER": sizes.other,
+    }  # fmt: skip
+
+
+def _nearest(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    constants = _products(entry, sizes) | {
+        "COLLECT": entry.kernel == "nearest candidates", "FARTHEST": entry.many,
+        "BLOCK_M": sizes.block, "BLOCK_N": sizes.other,
+    }  # fmt: skip
+    del constants["SPLIT"]
+    return constants
+
+
+def _merge(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    return {"SCORE_SUM": entry.many, "RANK": entry.many, "BLOCK": sizes.block}
+
+
+def _weights(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    many, kind = entry.many, entry.kind
+    return _metric_and_mask(entry) | {
+        "HAS_ENTROPY": many, "HAS_SUM": many, "HAS_COLUMNS": many, "NEEDS_X": True,
+        "SPLIT": kind == "bf16x3" or (kind == "bfloat16" and many),
+        "ROUND": ROUNDING.get(kind, "none"), "BLOCK_M": sizes.block, "BLOCK_N": sizes.other,
+    }  # fmt: skip
+
+
+def _near_columns(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    return {"ACC": _acc(entry), "BLOCK_M": sizes.block, "BLOCK_N": sizes.other}
+
+
+def _pair_values(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    """Of a positive per row, or with all options of a list of candidates, in float64."""
+    constants = {
+        "IS_DOT": entry.metric == "dot", "ACC": tl.float64 if entry.many else _acc(entry),
+        "BLOCK": sizes.block, "CHUNK": sizes.other,
+    }  # fmt: skip
+    return constants if entry.many else constants | {"targets": 1}
+
+
+def _add_pairs(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    return {
+        "IS_DOT": entry.metric == "dot", "ACC": _acc(entry), "OWNERS": sizes.block,
+        "ENTRIES": pairs.ENTRIES, "CHUNK": sizes.other,
+    }  # fmt: skip
+
+
+def _points(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    """Half points are used where they lie, unless their columns are apart."""
+    distances, half = entry.metric != "dot", DTYPES[entry.kind][1] in ("bf16", "fp16")
+    rounding = {"tf32": "tf32", "bfloat16": "bf16", "bf16x3": "bf16x3"}.get(entry.kind, "none")
+    return {
+        "CENTRE": distances and not half, "STORE": entry.kind != "bf16x3", "NORM": distances,
+        "ROUND": rounding, "ACC": _acc(entry), "BLOCK": sizes.block, "CHUNK": sizes.other,
+    }  # fmt: skip
+
+
+def _triplets(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    """Distances alone, or with ``many`` the difference with swap; contiguous columns."""
+    many = entry.many
+    unused = (
+        ("grad_positive", "grad_negative", "grad_others") if many
+        else ("difference", "slope", "upstream", "grad_others")
+    )  # fmt: skip
+    return {
+        **dict.fromkeys(("a_column", "p_column", "n_column"), 1),
+        **dict.fromkeys(unused, None),
+        **dict.fromkeys(("HAS_POSITIVE", "HAS_NEGATIVE", "NEEDS_A", "NEEDS_P", "NEEDS_N"), True),
+        "L2": entry.metric == "l2",
+        "BETWEEN": many,
+        "DIFFERENCE": many,
+        "HAS_OTHERS": many,
+        "ACC": _acc(entry),
+        "BLOCK": sizes.block,
+        "CHUNK": sizes.other,
+    }
+
+
+_GIVEN_STRIDES = tuple(
+    f"given_{side}_{axis}" for side in ("x", "y", "own", "other") for axis in ("row", "column")
+)
+_STATISTICS_TYPES = {
+    "operand": ("x", "x_low", "y", "y_low"),
+    "given": ("given_x", "given_y"),
+    "acc": ("x_sqnorm", "y_sqnorm", "scale", "threshold"),
+    "i32": ("row_ids", "column_ids"),
+    "i64": ("exclude", "counts"),
+    "fp64": ("state",),
+    "int64": _GIVEN_STRIDES,
+}
+_TRIPLET_TYPES = {
+    "given": ("a", "p", "n", "da", "dp", "dn"),
+    "acc": (
+        "difference", "to_positive", "to_negative", "of_others", "grad_positive", "grad_negative",
+        "grad_others", "slope", "upstream",
+    ),
+}  # fmt: skip
+KERNELS = {
+    "statistics": Kernel(row_statistics_kernel, _statistics, _STATISTICS_TYPES),
+    "gradients": Kernel(point_gradients_kernel, _gradients, {
+        "operand": ("own", "own_low", "other", "other_low"),
+        "given": ("given_own", "given_other"),
+        "acc": ("own_sqnorm", "other_sqnorm", "scale", "table", "column_table", "grad"),
+        "i32": ("own_ids", "other_ids"),
+        "i64": ("exclude",),
+        "fp64": ("product",),
+        "int64": _GIVEN_STRIDES,
+    }),
+    **dict.fromkeys(("nearest limits", "nearest candidates"), Kernel(nearest_kernel, _nearest, {
+        "operand": ("x", "y"),
+        "acc": ("x_bound", "y_bound", "limit", "least"),
+        "i32": ("row_ids", "column_ids", "columns", "count"),
+        "i64": ("exclude",),
+    })),
+    "merge of splits": Kernel(merge_splits_kernel, _merge, {
+        "acc": ("lse", "lse_residual", "entropy", "score_sum"),
+        "i64": ("counts", "column_count", "rank"),
+        "fp64": ("state",),
+    }),
+    "wide statistics": Kernel(
+        row_statistics_kernel, _statistics,
+        {**_STATISTICS_TYPES, "operand": ("x_low", "y", "y_low"),
+         "acc": ("x", *_STATISTICS_TYPES["acc"])},
+    ),
+    "wide weights": Kernel(wide.weigh_scores_kernel, _weights, {
+        "weight": ("weights", "weights_low"),
+        "given": ("given_x", "given_y"),
+        "acc": ("dots", "x_sqnorm", "y_sqnorm", "scale", "table", "column_table", "grad_x"),
+        "i8": ("flags",),
+        "i32": ("row_ids", "column_ids"),
+        "i64": ("exclude",),
+        "fp64": ("weight_sum", "product"),
+        "int64": _GIVEN_STRIDES,
+    }),
+    "wide near columns": Kernel(wide.near_columns_kernel, _near_columns, {
+        "given": ("given_x", "given_y"),
+        "acc": ("near_weights", "grad_y"),
+        "i8": ("flags",),
+        "int64": _GIVEN_STRIDES,
+    }),
+    "pair values": Kernel(pairs.pair_values_kernel, _pair_values, {
+        "given": ("x", "y"), "sum": ("values",), "i64": ("target",),
+        "int64": ("x_row", "x_column", "y_row", "y_column"),
+    }),
+    "add pairs": Kernel(pairs.add_pairs_kernel, _add_pairs, {
+        "given": ("own", "other"),
+        "acc": ("weight", "grad"),
+        "i64": ("owner", "partner", "offsets"),
+        "int64": ("own_row", "own_column", "other_row", "other_column"),
+    }),
+    "points": Kernel(operands.prepare_points_kernel, _points, {
+        "operand": ("out", "out_low"), "given": ("points",), "acc": ("mean", "sqnorm"),
+        "int64": ("row_stride", "column_stride"),
+    }),
+    "triplets forward": Kernel(triplet_forward_kernel, _triplets, _TRIPLET_TYPES),
+    "triplets backward": Kernel(triplet_backward_kernel, _triplets, _TRIPLET_TYPES),
+}  # fmt: skip
+# Kernels without an entry in the launch table: (block, other) of the files they are in.
+OWN_SIZES = {
+    "merge of splits": (MERGE_BLOCK, MERGE_BLOCK),
+    "wide weights": (wide.BLOCK_M, wide.BLOCK_N),
+    "wide near columns": (wide.BLOCK_M, wide.BLOCK_N),
+    "pair values": (pairs.BLOCK, pairs.CHUNK),
+    "add pairs": (pairs.OWNERS, pairs.CHUNK),
+    "points": (operands.BLOCK, operands.CHUNK),
+}
+# Sizes that a call makes multiples of 16, or usually finds to be such.
+ALIGNED = (
+    "x_stride", "y_stride", "own_stride", "other_stride", "out_stride", "dim",
+    "a_row", "p_row", "n_row", *patch_kernels.ALIGNED,
+)  # fmt: skip
+
+
+def arguments(
+    entry: Entry, sizes: Launch
+) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], list[list[Any]]]]:
+    """Signature, constants and hints of alignment, as triton.compiler.ASTSource wants them."""
+    if entry.kernel in patch_kernels.KERNELS:
+        constants = patch_kernels.constants_of(entry, sizes)
+    else:
+        constants = KERNELS[entry.kernel].constants(entry, sizes)
+    signature, known, hints = {}, {}, {}
+    for position, name in enumerate(function_of(entry).arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            known[(position,)] = constants[name]
+            continue
+        signature[name] = _type(entry, name)
+        if signature[name].startswith("*") or name in ALIGNED:
+            hints[(position,)] = [["tt.divisibility", 16]]
+    return signature, known, hints
+
+
+def _type(entry: Entry, name: str) -> str:
+    """Triton's name of the type of an argument."""
+    if entry.kernel in patch_kernels.KERNELS:
+        return patch_kernels.type_of(name, entry.kind)
+    operand, given, acc = DTYPES[entry.kind]
+    half = entry.kind in ("bf16x3", "bfloat16")
+    stands_for = {
+        "operand": operand, "given": given, "acc": acc, "weight": "bf16" if half else acc,
+        "sum": "fp64" if entry.many else acc,
+    }  # fmt: skip
+    types = KERNELS[entry.kernel].types
+    kind = next((kind for kind, names in types.items() if name in names), "int32")
+    if kind in ("int32", "int64"):
+        return {"int32": "i32", "int64": "i64"}[kind]
+    return "*" + stands_for.get(kind, kind)
