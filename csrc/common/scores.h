@@ -20,9 +20,6 @@ enum class Metric { l2 = 0, sqeuclidean = 1, dot = 2 };
 // Which columns count by their id: all, those with the row's, or the others.
 enum class Keep { all = 0, same = 1, different = 2 };
 
-// Which columns count by their id: all, those with the row's, or the others.
-enum class Keep { all = 0, same = 1, different = 2 };
-
 constexpr double LOG2_E = 1.4426950408889634;
 constexpr double LN_2 = 0.6931471805599453;
 
