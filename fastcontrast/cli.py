@@ -24,6 +24,7 @@ Contrastive and metric losses on distances, for PyTorch.
 
 commands:
   train semisup   learn an embedding of digits from a few labels; its --help lists the flags
+  data verify     what data set lies in a folder, and whether its files are as published
   doctor          what is installed, which backend runs which op, and what is missing
 
 options:
@@ -47,6 +48,20 @@ DOCTOR_HELP = """\
 usage: fastcontrast doctor
 
 Show what is installed, which backend runs which op, and what is missing.
+"""
+
+DATA_HELP = """\
+usage: fastcontrast data verify DIR
+
+Say which data sets lie in DIR, whether each file is whole and is the one that was published, and
+how many images there are. Exit code 1 if a set cannot be read. Nothing is downloaded.
+
+known layouts, in DIR or in the folder in which torchvision keeps them:
+  MNIST      train-images-idx3-ubyte, ... (IDX, plain or .gz)     DIR/MNIST/raw
+  CIFAR-10   data_batch_1.bin, ... or the pickles data_batch_1    DIR/cifar-10-batches-bin, -py
+  SVHN       train_32x32.mat, test_32x32.mat, extra_32x32.mat     DIR
+  STL-10     train_X.bin, train_y.bin, unlabeled_X.bin, ...       DIR/stl10_binary
+  pictures   DIR/train/<class>/, DIR/test/<class>/, or DIR/<class>/ alone; needs Pillow
 """
 
 SEMISUP_HELP = """\
@@ -88,6 +103,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _fail(f"--version: takes no arguments, got {other!r}")
             case ["doctor", *flags]:
                 return _doctor(flags)
+            case ["data", "verify", directory] if not directory.startswith("-"):
+                return _verify(directory)
+            case ["data"]:
+                print(DATA_HELP, end="", file=sys.stderr)
+                return _USAGE
+            case ["data", "-h" | "--help", *_] | ["data", "verify", "-h" | "--help", *_]:
+                print(DATA_HELP, end="")
+                return 0
+            case ["data", *_]:
+                return _fail("data: the command is: fastcontrast data verify DIR")
             case ["train", "semisup", *flags]:
                 return _train_semisup(flags)
             case ["train"]:
@@ -115,6 +140,23 @@ def _doctor(flags: list[str]) -> int:
 
     print(report().rstrip("\n"))
     return 0
+
+
+def _verify(directory: str) -> int:
+    from fastcontrast.data import describe, verify
+
+    try:
+        reports = verify(directory)
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(str(error))
+    for report in reports:
+        print(report.title)
+        width = max((len(str(file.path)) for file in report.files), default=0)
+        for file in report.files:
+            size = f"{file.size:>13,} bytes  " if file.size else " " * 21
+            print(f"  {file.path!s:<{width}}  {size}{file.state}")
+        print("  " + (describe(report.dataset) if report.dataset else f"error: {report.problem}"))
+    return 0 if all(report.dataset for report in reports) else _FAILED
 
 
 def _train_semisup(flags: list[str]) -> int:

@@ -4,8 +4,26 @@ Readers check what they read: a missing, truncated or foreign file is a one-line
 it. Nothing here downloads.
 """
 
+from fastcontrast.data.cifar10 import load_cifar10
 from fastcontrast.data.dataset import ImageDataset
+from fastcontrast.data.image_folder import load_image_folder
 from fastcontrast.data.mnist import load_mnist, read_idx
 from fastcontrast.data.sample import mnist_sample
+from fastcontrast.data.sets import SetReport, describe, load_dataset, verify
+from fastcontrast.data.stl10 import load_stl10
+from fastcontrast.data.svhn import load_svhn
 
-__all__ = ["ImageDataset", "load_mnist", "mnist_sample", "read_idx"]
+__all__ = [
+    "ImageDataset",
+    "SetReport",
+    "describe",
+    "load_cifar10",
+    "load_dataset",
+    "load_image_folder",
+    "load_mnist",
+    "load_stl10",
+    "load_svhn",
+    "mnist_sample",
+    "read_idx",
+    "verify",
+]

@@ -18,6 +18,9 @@ class ImageDataset:
         test_images: uint8, shape [T, C, H, W].
         test_labels: int64, shape [T].
         class_names: What the labels mean, in the order of their numbers.
+        unlabelled_images: Further images without a label, uint8 [U, C, H, W], or None.
+        folds: Indices of training images, int64 [n] each: the subsets on which a protocol trains
+            one by one. Empty if there is none.
     """
 
     name: str
@@ -26,6 +29,8 @@ class ImageDataset:
     test_images: Tensor
     test_labels: Tensor
     class_names: tuple[str, ...]
+    unlabelled_images: Tensor | None = None
+    folds: tuple[Tensor, ...] = ()
 
     @property
     def num_classes(self) -> int:

@@ -25,7 +25,7 @@ _FILES = {
     "test_images": "t10k-images-idx3-ubyte",
     "test_labels": "t10k-labels-idx1-ubyte",
 }
-_FOLDERS = (".", "MNIST/raw")  # the second is where torchvision puts them
+FOLDERS = (".", "MNIST/raw")  # the second is where torchvision puts them
 _UINT8 = 0x08
 _PIECE = 1 << 24
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -111,12 +111,12 @@ def _read_at_most(stream: IO[bytes] | gzip.GzipFile, limit: int) -> bytes:
 
 
 def _find(root: Path, name: str) -> Path:
-    candidates = [root / folder / (name + end) for folder in _FOLDERS for end in ("", ".gz")]
+    candidates = [root / folder / (name + end) for folder in FOLDERS for end in ("", ".gz")]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(
-        f"{root / name}: no such file, nor as .gz, nor in {root / _FOLDERS[1]}; "
+        f"{root / name}: no such file, nor as .gz, nor in {root / FOLDERS[1]}; "
         "wanted the MNIST IDX files"
     )
 
