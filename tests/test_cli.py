@@ -1,5 +1,6 @@
 """The command line: help, errors in one line, the train extras, Ctrl-C, and resuming by flags."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import pytest
 from mnist_files import NAMES, write_mnist
 
 from fastcontrast import cli
-from fastcontrast.train import semisup
+from fastcontrast.train import plots
 from fastcontrast.train.checkpoints import latest_checkpoint
 from fastcontrast.train.config import SemisupConfig
 from fastcontrast.train.runs import RunFolder, read_metrics
@@ -28,8 +29,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(semisup.plots, "plot_curve", lambda *_: True)
-    monkeypatch.setattr(semisup.plots, "plot_embedding", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_run", lambda *_: [])
 
 
 def _train(*flags):
@@ -47,7 +47,7 @@ def _error(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--help"], "train semisup"),
+        (["--help"], "train RECIPE"),
         (["-h"], "doctor"),
         (["train", "--help"], "semisup"),
         (["doctor", "--help"], "usage: fastcontrast doctor"),
@@ -64,8 +64,11 @@ def test_help_of_the_recipe_lists_every_flag(capsys):
         cli.main(["train", "semisup", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for field in SemisupConfig.__dataclass_fields__:
-        assert "--" + field.replace("_", "-") in text
+    for field in dataclasses.fields(SemisupConfig):
+        assert "--" + field.name.replace("_", "-") in text
+    assert "--preset" in text
+    assert "--config" in text
+    assert "cifar10-code" in text
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"]])
@@ -78,7 +81,7 @@ def test_an_unfinished_command_shows_its_help(arguments, capsys):
     ("arguments", "said"),
     [
         (["trian"], "no command 'trian'"),
-        (["train", "triplet"], "no recipe 'triplet'"),
+        (["train", "tripler"], "no recipe 'tripler'"),
         (["--version", "foo"], "--version: takes no arguments, got 'foo'"),
         (["doctor", "now"], "takes no arguments, got 'now'"),
         (["train", "semisup", "--data", "absent"], "absent: no such folder"),
@@ -160,7 +163,7 @@ def test_a_foreign_folder_and_damaged_files_are_one_line(here, capsys, no_pictur
 
 def test_the_default_name_says_data_and_seed(here, no_pictures):
     assert _train("--steps", "1", "--seed", "7") == 0
-    assert (here / "runs" / "semisup-mnist-seed7" / "metrics.jsonl").exists()
+    assert (here / "runs" / "semisup-data-seed7" / "metrics.jsonl").exists()
 
 
 def test_nan_is_one_line_and_exit_code_1(here, capsys, no_pictures):
@@ -203,13 +206,12 @@ def test_a_signal_stops_cleanly_and_the_run_goes_on_from_there(here, capsys, num
         assert path.stat().st_size > 1000
     if number == signal.SIGTERM:
         return
-    monkeypatch.setattr(semisup.plots, "plot_curve", lambda *_: True)
-    monkeypatch.setattr(semisup.plots, "plot_embedding", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_run", lambda *_: [])
     assert cli.main(["train", "semisup", "--resume", "--name", "stopped"]) == 0
     assert _train(*flags, "--name", "straight") == 0
     metrics, straight = (
         [
-            {k: v for k, v in record.items() if k != "seconds"}
+            {k: v for k, v in record.items() if k not in ("seconds", "speed")}
             for record in read_metrics(RunFolder(here / "runs" / name))
         ]
         for name in ("stopped", "straight")

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from fastcontrast.data import mnist_sample
+from fastcontrast.train.batches import BYTES, split_labels
 from fastcontrast.train.config import SemisupConfig
-from fastcontrast.train.models import mnist_embedding_network, normalise_pixels
-from fastcontrast.train.semisup import build_model, sample_step, semisup_loss, split_labels
+from fastcontrast.train.models import semisup_network
+from fastcontrast.train.semisup import build_model, prepare, sample_step, semisup_loss
 
 
 def test_network_is_the_papers():
-    model = mnist_embedding_network()
+    model = semisup_network("mnist", 1)
     count = {
         kind: sum(p.numel() for m in model if isinstance(m, kind) for p in m.parameters())
         for kind in (nn.Conv2d, nn.BatchNorm2d)
@@ -33,13 +34,13 @@ def test_network_is_the_papers():
 
 
 def test_pixels_are_normalised_as_the_authors_did():
-    pixels = torch.tensor([0, 64, 128, 255], dtype=torch.uint8)
-    assert normalise_pixels(pixels).tolist() == [-1.0, -0.5, 0.0, 127 / 128]
+    pixels = torch.tensor([0, 64, 128, 255], dtype=torch.uint8).reshape(1, 1, 2, 2)
+    assert BYTES.cut(pixels).flatten().tolist() == [-1.0, -0.5, 0.0, 127 / 128]
 
 
 def test_initial_weights_follow_the_seed_and_leave_global_state_alone():
     state = torch.random.get_rng_state()
-    first, again, other = build_model(3), build_model(3), build_model(4)
+    first, again, other = (build_model(SemisupConfig(seed=seed), "mnist", 1) for seed in (3, 3, 4))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(
         torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
@@ -72,11 +73,11 @@ def test_split_follows_the_seed(labels, split):
     assert not np.array_equal(split.labelled, other.labelled)
 
 
-@pytest.mark.parametrize(("per_class", "said"), [(4, "class 1 has only 3"), (3, "without a label")])
-def test_split_refuses_more_labels_than_there_are(per_class, said):
-    labels = torch.tensor([0, 1] * 3 + ([0] if per_class == 4 else []))
-    with pytest.raises(ValueError, match=said):
-        split_labels(labels, 2, per_class, seed=0)
+def test_split_refuses_more_labels_than_there_are():
+    with pytest.raises(ValueError, match="class 1 has only 3"):
+        split_labels(torch.tensor([0, 1] * 3 + [0]), 2, 4, seed=0)
+    with pytest.raises(ValueError, match="labels_per_class is 1000; that leaves no image without"):
+        prepare(SemisupConfig(labels_per_class=1000))
 
 
 def test_step_draws_what_the_paper_says(labels, split):
@@ -95,6 +96,18 @@ def test_step_draws_what_the_paper_says(labels, split):
     assert abs(len(seen["unlabelled"]) - 9900 * (1 - math.exp(-6400 / 9900))) < 150
 
 
+def test_the_codes_step_draws_one_label_per_class_and_any_image(labels, split):
+    unlabelled, coincide = set(), 0
+    for step in range(200):
+        drawn = sample_step(split, 32, seed=0, step=step, batches="code")
+        for part in (drawn.labelled, drawn.anchors):
+            assert labels.numpy()[part].tolist() == list(range(10))
+        coincide += (drawn.labelled == drawn.anchors).sum()
+        unlabelled.update(drawn.unlabelled.tolist())
+    assert not unlabelled.isdisjoint(split.labelled.ravel().tolist())  # labelled images included
+    assert 140 < coincide < 260  # 2,000 draws, one in ten
+
+
 def test_step_is_a_function_of_seed_and_step(split):
     def draw(seed, step):
         drawn = sample_step(split, 8, seed, step)
@@ -109,27 +122,13 @@ def test_step_is_a_function_of_seed_and_step(split):
     assert len({tuple(draw(0, step)) for step in range(500)}) == 500
 
 
-class _Embeds(nn.Module):
-    """Stands for the network: returns given embeddings whatever the images."""
-
-    def __init__(self, embeddings):
-        super().__init__()
-        self.embeddings = embeddings
-
-    def forward(self, images):
-        assert images.dtype == torch.float32
-        assert len(images) == len(self.embeddings)
-        return self.embeddings
-
-
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("weight", [1.0, 0.25])
 def test_loss_is_the_equation(squared, weight):
     embeddings = torch.randn(4 + 4 + 3, 5, generator=torch.Generator().manual_seed(1)).double()
     labels = torch.tensor([2, 0, 1, 1])
-    images = torch.zeros(11, 1, 28, 28, dtype=torch.uint8)
     loss, parts = semisup_loss(
-        _Embeds(embeddings), (images, labels), squared=squared, unlabelled_weight=weight
+        embeddings, labels, classes=3, squared=squared, unlabelled_weight=weight
     )
     points, anchors = embeddings[:8].numpy(), embeddings[8:].numpy()
     cross_entropy, entropy = [], []
@@ -147,19 +146,18 @@ def test_loss_is_the_equation(squared, weight):
 
 
 def test_loss_of_a_constant_embedding_is_the_uniform_guess():
-    images, labels = torch.zeros(18, 1, 28, 28, dtype=torch.uint8), torch.arange(4)
     _, parts = semisup_loss(
-        _Embeds(torch.ones(18, 6)), (images, labels), squared=False, unlabelled_weight=1.0
+        torch.ones(18, 6), torch.arange(4), classes=10, squared=False, unlabelled_weight=1.0
     )
     torch.testing.assert_close(parts, torch.tensor([2 * math.log(10), *[math.log(10)] * 2]))
 
 
 def test_rate_drops_at_a_half_and_three_quarters_unless_told():
     config = SemisupConfig(steps=80, learning_rate=0.1)
-    rates = [config.learning_rate_at(step) for step in (0, 39, 40, 59, 60, 79)]
+    rates = [config.rates.at(step) for step in (0, 39, 40, 59, 60, 79)]
     np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
     told = SemisupConfig(steps=90, learning_rate=0.1, lr_drops=(10,))
-    np.testing.assert_allclose([told.learning_rate_at(s) for s in (9, 10, 89)], [0.1, 0.01, 0.01])
+    np.testing.assert_allclose([told.rates.at(s) for s in (9, 10, 89)], [0.1, 0.01, 0.01])
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ def _model_and_optimizer(seed, steps=0):
 
 
 def _state(step):
-    return TrainingState(step, torch.tensor([1.5, 2.5]), 3, 12.25)
+    sums = torch.tensor([1.5, 2.5])
+    return TrainingState(step, sums, 3, 12.25, interval=2 * sums, interval_steps=7, watched=(0.5,))
 
 
 def _assert_holds(path, model, optimizer, state):
@@ -43,7 +44,9 @@ def _assert_holds(path, model, optimizer, state):
     other, other_optimizer = _model_and_optimizer(seed=99)
     restored = load_checkpoint(path, other, other_optimizer, CPU)
     assert (restored.step, restored.summed_steps, restored.seconds) == (state.step, 3, 12.25)
+    assert (restored.interval_steps, restored.watched) == (7, (0.5,))
     assert torch.equal(restored.sums, state.sums)
+    assert torch.equal(restored.interval, state.interval)
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
     buffers = [
@@ -60,6 +63,19 @@ def test_round_trip_is_exact_and_only_the_latest_is_kept(tmp_path):
         assert latest_checkpoint(tmp_path) == path
         _assert_holds(path, model, optimizer, _state(step))
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_best_is_kept_beside_the_last_with_the_average(tmp_path):
+    pairs = {step: _model_and_optimizer(seed=step, steps=1) for step in (2, 4, 6)}
+    average = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    for step, best in ((2, True), (4, True), (6, False)):
+        save_checkpoint(tmp_path, *pairs[step], _state(step), average, best=best)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best-0000004", "step-0000006"]
+    _assert_holds(latest_checkpoint(tmp_path, "best"), *pairs[4], _state(4))
+    _assert_holds(latest_checkpoint(tmp_path), *pairs[6], _state(6))
+    other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    load_checkpoint(latest_checkpoint(tmp_path), *_model_and_optimizer(9), CPU, other)
+    assert torch.equal(other[0].weight, average[0].weight)
 
 
 def test_no_checkpoint_yet(tmp_path):

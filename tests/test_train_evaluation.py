@@ -5,8 +5,13 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
-from fastcontrast.train.evaluation import embed, neighbour_errors, pixel_errors
-from fastcontrast.train.plots import plot_curve, plot_embedding, principal_directions
+from fastcontrast.data import ImageDataset
+from fastcontrast.train.config import SemisupConfig
+from fastcontrast.train.evaluation import embed, neighbour_errors, pixel_errors, triplet_error
+from fastcontrast.train.plots import plot_curve, plot_run, principal_directions
+from fastcontrast.train.probes import linear_probe
+from fastcontrast.train.runs import RunFolder, append_metrics, save_embeddings
+from fastcontrast.train.sheets import confusion
 
 
 def test_errors_are_fractions_by_k():
@@ -52,25 +57,69 @@ def test_principal_directions_of_a_known_cloud():
 
 def test_pictures_are_drawn_without_a_display(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    records = [
+    run = RunFolder(tmp_path)
+    for record in (
         {"step": 10, "loss_labelled": 1.0, "loss_unlabelled": 0.0, "loss": 1.0},
         {"step": 15, "error_1nn": 0.2},
         {"step": 20, "loss_labelled": 0.01, "loss_unlabelled": 0.5, "loss": 1.0, "error_1nn": 0.1},
-    ]
-    curve, embedding = tmp_path / "curve.png", tmp_path / "embedding.png"
-    assert plot_curve(records, 0.3, (12, 99), "title", curve)
+    ):
+        append_metrics(run, record)
     generator = torch.Generator().manual_seed(0)
-    points, marks = torch.randn(50, 5, generator=generator), torch.randn(6, 5)
-    labels, names = torch.arange(50) % 3, ("a", "b", "c")
-    plot_embedding(points, labels, marks, torch.arange(6) % 3, names, "title", embedding)
-    for path in (curve, embedding):
+    points, labels = torch.randn(50, 5, generator=generator), torch.arange(50) % 3
+    save_embeddings(
+        run.embeddings, test_embeddings=points, test_labels=labels,
+        test_predictions=labels.roll(1), labelled_embeddings=points[:6],
+        labelled_labels=labels[:6],
+    )  # fmt: skip
+    images = (torch.rand(50, 3, 8, 8, generator=generator) * 255).byte()
+    data = ImageDataset("tiny", images, labels, images, labels, ("a", "b", "c"))
+    written = plot_run(run, SemisupConfig(lr_drops=(12, 99)), data)
+    assert written == [run.curve, run.embedding, run.confusion, run.neighbours]
+    for path in written:
         picture = imread(path)
-        assert min(picture.shape[:2]) > 500
+        assert min(picture.shape[:2]) > 400
         assert picture[..., :3].std() > 0.02  # not blank
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png", "embedding.png"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {p.name for p in (*written, run.metrics, run.embeddings)}
+
+
+def test_confusion_counts_what_was_taken_for_what():
+    labels, predictions = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 1, 1, 0, 2])
+    assert confusion(labels, predictions, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 1]]
+
+
+@pytest.mark.parametrize("kind", ["softmax", "svm"])
+def test_linear_probes_agree_with_scikit_learn(kind):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    svm = pytest.importorskip("sklearn.svm")
+    generator = torch.Generator().manual_seed(0)
+    centres = 1.5 * torch.randn(3, 6, generator=generator)
+    labels, test_labels = torch.arange(300) % 3, torch.arange(200) % 3
+    points = centres[labels] + torch.randn(300, 6, generator=generator)
+    test = centres[test_labels] + torch.randn(200, 6, generator=generator)
+    probe = linear_probe(points, labels, test, test_labels, kind)
+    mean, std = points.mean(0), points.std(0, unbiased=False)
+    # mean loss + penalty/2 |w|^2 there is C * sum of losses + 1/2 |w|^2
+    strength = 1 / (probe.penalty * len(points))
+    if kind == "softmax":
+        other = linear_model.LogisticRegression(C=strength, tol=1e-8, max_iter=1000)
+    else:
+        other = svm.LinearSVC(C=strength, tol=1e-8, max_iter=10000)
+    other.fit(((points - mean) / std).numpy(), labels.numpy())
+    found = torch.from_numpy(other.predict(((test - mean) / std).numpy()))
+    # LinearSVC penalises its bias too: a point or two near a border may differ.
+    assert (found != probe.predictions).sum() <= (0 if kind == "softmax" else 3)
+    assert probe.error == (probe.predictions != test_labels).double().mean().item()
+    assert probe.error < 0.3
+
+
+def test_triplet_error_counts_ties_as_errors():
+    points = torch.tensor([[0.0], [1.0], [2.0], [1.0]])
+    triplets = torch.tensor([[0, 1, 2], [0, 2, 1], [0, 1, 3]])
+    assert triplet_error(points, triplets) == pytest.approx(2 / 3)
 
 
 def test_no_curve_without_a_loss(tmp_path):
-    assert not plot_curve([{"step": 5, "error_1nn": 0.1}], 0.3, (), "title", tmp_path / "c.png")
-    assert not plot_curve([], 0.3, (), "title", tmp_path / "c.png")
+    assert not plot_curve([{"step": 5, "error_1nn": 0.1}], (), "title", tmp_path / "c.png")
+    assert not plot_curve([], (), "title", tmp_path / "c.png")
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mnist_files import write_mnist
 
-from fastcontrast.train import loop, runs, semisup
+from fastcontrast.train import loop, plots, runs, semisup, stage
 from fastcontrast.train.checkpoints import latest_checkpoint
 from fastcontrast.train.config import SemisupConfig
 from fastcontrast.train.loop import NonFiniteLossError
@@ -27,8 +27,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch, request):
     if "pictures" not in request.keywords:  # drawing takes longer than these runs
-        monkeypatch.setattr(semisup.plots, "plot_curve", lambda *_: True)
-        monkeypatch.setattr(semisup.plots, "plot_embedding", lambda *_: None)
+        monkeypatch.setattr(plots, "plot_run", lambda *_: [])
 
 
 @pytest.fixture
@@ -55,7 +54,10 @@ def _checkpoint_files(result):
 
 
 def _metrics(result):
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(result.run)]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "speed")}
+        for r in read_metrics(result.run)
+    ]
 
 
 def _assert_same_run(one, other):
@@ -76,7 +78,7 @@ def _stop_after(monkeypatch, count):
     def stop():
         yield lambda: next(asked) >= count
 
-    monkeypatch.setattr(semisup, "stop_on_signal", stop)
+    monkeypatch.setattr(stage, "stop_on_signal", stop)
 
 
 def test_two_runs_are_bit_equal(config):
@@ -265,23 +267,24 @@ def test_a_damaged_configuration_is_named(config, content):
     run, _ = open_run(config)
     run.config.write_text(content)
     with pytest.raises(ValueError, match=r"config\.json: not a configuration of this version"):
-        read_config(run)
+        read_config(run, SemisupConfig)
 
 
 def test_nan_stops_with_the_last_good_checkpoint(config, monkeypatch):
-    def lose(model, batch, **options):
-        loss, parts = semisup.semisup_loss(model, batch, **options)
+    right, calls = semisup.semisup_loss, []
+
+    def lose(embeddings, labels, **options):
+        loss, parts = right(embeddings, labels, **options)
         calls.append(None)
         return (loss * math.nan, parts * math.nan) if len(calls) == 4 else (loss, parts)
 
-    calls = []
-    monkeypatch.setattr(semisup, "partial", lambda _, **options: lambda *a: lose(*a, **options))
-    with pytest.raises(NonFiniteLossError, match=r"at step 4;.*checkpoint.step-0000002"):
-        train_semisup(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(semisup, "semisup_loss", lose)
+        with pytest.raises(NonFiniteLossError, match=r"at step 4;.*checkpoint.step-0000002"):
+            train_semisup(config)
     run = runs.folder_of(config)
     assert latest_checkpoint(run.checkpoints).name == "step-0000002"
     assert [r["step"] for r in read_metrics(run)] == [1, 2, 3]
-    monkeypatch.undo()
     assert train_semisup(dataclasses.replace(config, resume=True)).step == 4
 
 
@@ -295,20 +298,19 @@ def test_infinite_weights_behind_a_finite_loss_are_not_checkpointed(config):
 def test_a_disk_that_fills_up_during_the_run_keeps_the_last_checkpoint(config, monkeypatch):
     replace, calls = loop.save_checkpoint, []
 
-    def full_the_second_time(folder, model, optimizer, state):
+    def full_the_second_time(folder, model, optimizer, state, *rest, **options):
         calls.append(state.step)
         if len(calls) == 2:
-            monkeypatch.setattr("os.fsync", _full)
-        return replace(folder, model, optimizer, state)
+            patch.setattr("os.fsync", _full)
+        return replace(folder, model, optimizer, state, *rest, **options)
 
     def _full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context():
-        monkeypatch.setattr(loop, "save_checkpoint", full_the_second_time)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", full_the_second_time)
         with pytest.raises(OSError, match="step-0000002 is still there"):
             train_semisup(config)
-    monkeypatch.undo()
     resumed = train_semisup(dataclasses.replace(config, resume=True))
     assert resumed.step == 4
 

@@ -1,9 +1,11 @@
 """Checkpoints that survive a crash or a full disk; written and read by the training loop.
 
 A checkpoint is a folder ``step-<n>`` with ``model.safetensors`` (weights and buffers, nothing but
-tensors) and ``training.pt`` (optimiser, step, unfinished sums; loads with ``weights_only=True``).
-It is written under another name, flushed to the disk and renamed, and only then is the one before
-it removed: at every moment there is a complete one.
+tensors), ``average.safetensors`` (their moving average, if there is one) and ``training.pt``
+(optimiser, step, unfinished sums; loads with ``weights_only=True``). It is written under another
+name, flushed to the disk and renamed, and only then is the one before it removed: at every moment
+there is a complete one. ``best-<n>`` is the same of the step at which the watched figure was
+lowest.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ import os
 import pickle
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"(step|best)-(\d+)")
 _PARTIAL = ".partial"
 # What torch.load and the optimiser raise for a file that is damaged or holds something else.
 _UNREADABLE = (
@@ -37,24 +39,58 @@ class TrainingState:
         sums: Sums of the loss's parts since the last metrics line, [P].
         summed_steps: How many steps they cover.
         seconds: Wall-clock time spent so far.
+        interval: Sums of the loss's parts since the last evaluation, [P].
+        interval_steps: How many steps they cover.
+        watched: The watched figure of every evaluation so far. Schedules are functions of it.
     """
 
     step: int
     sums: Tensor
     summed_steps: int
     seconds: float
+    interval: Tensor
+    interval_steps: int
+    watched: tuple[float, ...]
+
+    @classmethod
+    def fresh(cls, parts: int, device: torch.device) -> TrainingState:
+        """Return the state before the first step, of a loss with this many parts."""
+        zeros = torch.zeros(parts, device=device)
+        return cls(0, zeros, 0, 0.0, zeros.clone(), 0, ())
+
+    def after(self, parts: Tensor) -> TrainingState:
+        """Return the state after one more step, whose loss had these parts [P]."""
+        return replace(
+            self,
+            step=self.step + 1,
+            sums=self.sums + parts,
+            summed_steps=self.summed_steps + 1,
+            interval=self.interval + parts,
+            interval_steps=self.interval_steps + 1,
+        )
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the most steps in the folder, or None."""
+def latest_checkpoint(folder: Path, kind: str = "step") -> Path | None:
+    """Return the complete checkpoint with the most steps in the folder, or None.
+
+    Args:
+        folder: Where checkpoints lie.
+        kind: ``"step"``, where training goes on from, or ``"best"``.
+    """
     if not folder.is_dir():
         return None
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return max(found, key=_step_of, default=None)
+    found = [path for path in folder.iterdir() if _kind_and_step(path)[0] == kind]
+    return max(found, key=lambda path: _kind_and_step(path)[1], default=None)
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    average: nn.Module | None = None,
+    *,
+    best: bool = False,
 ) -> Path:
     """Write a checkpoint, then remove the older ones.
 
@@ -63,6 +99,8 @@ def save_checkpoint(
         model: Its state_dict is saved.
         optimizer: Its state_dict is saved.
         state: Where the run stands.
+        average: The moving average of the model, if there is one; its state_dict is saved.
+        best: Whether to keep it as the best so far, too.
 
     Returns:
         The new checkpoint's folder.
@@ -70,44 +108,56 @@ def save_checkpoint(
     Raises:
         OSError: If it could not be written; what was there before is still there.
     """
-    from safetensors.torch import save
-
     target = folder / f"step-{state.step:07d}"
     if target.exists():  # a step's state never differs: the run was resumed and had nothing to do
         return target
+    copy = folder / f"best-{state.step:07d}"
+    if best and not copy.exists():  # first: if the run dies in between, it comes by here again
+        _write(copy, model, optimizer, state, average)
+    _write(target, model, optimizer, state, average)
+    kept = {target, latest_checkpoint(folder, "best")}
+    for path in _all_in(folder):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+    return target
+
+
+def _write(
+    target: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    average: nn.Module | None,
+) -> None:
     partial = target.with_name(target.name + _PARTIAL)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        with open(partial / "model.safetensors", "wb") as file:
-            file.write(save(weights))
-            _flush(file)
+        for name, module in (("model", model), ("average", average)):
+            if module is not None:
+                _write_weights(partial / f"{name}.safetensors", module)
         with open(partial / "training.pt", "wb") as file:
-            torch.save(
-                {
-                    "optimizer": optimizer.state_dict(),
-                    "step": state.step,
-                    "sums": state.sums,
-                    "summed_steps": state.summed_steps,
-                    "seconds": state.seconds,
-                },
-                file,
-            )
+            content = {field.name: getattr(state, field.name) for field in fields(state)}
+            torch.save({"optimizer": optimizer.state_dict(), **content}, file)
             _flush(file)
         os.replace(partial, target)
-        _flush_folder(folder)
+        _flush_folder(target.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
-        kept = latest_checkpoint(folder)
+        kept = latest_checkpoint(target.parent)
         raise OSError(
             f"{target}: could not write the checkpoint ({error}); "
             + (f"{kept.name} is still there" if kept else "there was none before it")
         ) from error
-    for path in _all_in(folder):
-        if path != target:
-            shutil.rmtree(path, ignore_errors=True)
-    return target
+
+
+def _write_weights(path: Path, module: nn.Module) -> None:
+    from safetensors.torch import save
+
+    weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    with open(path, "wb") as file:
+        file.write(save(weights))
+        _flush(file)
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -122,7 +172,11 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    average: nn.Module | None = None,
 ) -> TrainingState:
     """Restore model and optimiser in place from one checkpoint.
 
@@ -131,6 +185,7 @@ def load_checkpoint(
         model: Receives the weights.
         optimizer: Receives its state.
         device: Where the unfinished sums go.
+        average: Receives the moving average of the weights.
 
     Returns:
         Where the run stood.
@@ -138,20 +193,31 @@ def load_checkpoint(
     Raises:
         ValueError: If a file of it is missing, damaged, or of another model; the message names it.
     """
+    load_weights(path / "model.safetensors", model)
+    if average is not None:
+        load_weights(path / "average.safetensors", average)
+    training_path = path / "training.pt"
+    try:
+        saved: dict[str, Any] = torch.load(training_path, map_location=device, weights_only=True)
+        optimizer.load_state_dict(saved.pop("optimizer"))
+        return TrainingState(**saved)
+    except _UNREADABLE as error:
+        raise ValueError(f"{training_path}: cannot be loaded: {_first_line(error)}") from error
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load a .safetensors file into a model that has exactly its tensors.
+
+    Raises:
+        ValueError: If it is missing, damaged, or of another model; the message names it.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    weights_path, training_path = path / "model.safetensors", path / "training.pt"
     try:
-        model.load_state_dict(load_file(weights_path))
+        model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{weights_path}: cannot be loaded: {_first_line(error)}") from error
-    try:
-        saved: dict[str, Any] = torch.load(training_path, map_location=device, weights_only=True)
-        optimizer.load_state_dict(saved["optimizer"])
-        return TrainingState(saved["step"], saved["sums"], saved["summed_steps"], saved["seconds"])
-    except _UNREADABLE as error:
-        raise ValueError(f"{training_path}: cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"{path}: cannot be loaded: {_first_line(error)}") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -175,9 +241,9 @@ def _all_in(folder: Path) -> list[Path]:
     return [p for p in folder.iterdir() if _NAME.fullmatch(p.name.removesuffix(_PARTIAL))]
 
 
-def _step_of(path: Path) -> int:
+def _kind_and_step(path: Path) -> tuple[str, int]:
     match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else -1
+    return (match[1], int(match[2])) if match else ("", -1)
 
 
 def _flush(file: Any) -> None:

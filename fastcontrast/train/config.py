@@ -1,6 +1,8 @@
-"""What a training run is told: a frozen dataclass whose field docstrings are the flags' help.
+"""What a training run is told: frozen dataclasses whose field docstrings are the flags' help.
 
-The command line builds it from flags; Python callers build it directly; ``runs`` saves it as JSON.
+The command line builds one from preset, file and flags (:mod:`fastcontrast.train.settings`); Python
+callers build it directly; ``runs`` saves it as JSON. What the papers and their code do is in
+:mod:`fastcontrast.train.presets`.
 """
 
 from __future__ import annotations
@@ -8,74 +10,104 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+
+from fastcontrast.train.schedules import Schedule
 
 
 @dataclass(frozen=True)
-class SemisupConfig:
-    """Semi-supervised metric embedding (Hoffer & Ailon, arXiv 1611.01449) on MNIST.
+class RunConfig:
+    """What every recipe is told."""
 
-    The defaults are for a first run of a minute or two on two cores, and differ from the paper's in
-    four fields: ``steps`` 168,480 (90 epochs of the full set), ``learning_rate`` 0.1, ``lr_drops``
-    (56160, 112320) (epochs 30 and 60), ``squared`` True (its equation; its code does not square).
-    """
+    recipe: ClassVar[str] = ""
 
     data: str = "sample"
-    """Folder with the MNIST IDX files, plain or .gz. "sample": the 12,000 images in the package."""
-    labels_per_class: int = 10
-    """Labelled training images of each class; all others are used without their label."""
+    """Folder with a data set; fastcontrast data --help lists what is read. "sample": the 12,000
+    images of MNIST in the package."""
+    dataset: Literal["auto", "mnist", "cifar10", "svhn", "stl10", "folder"] = "auto"
+    """Which data set of the folder. "auto": the one that is there."""
+    image_size: int = 0
+    """Side in pixels to which pictures of a folder are brought. 0: all have one size already."""
+    network: Literal["auto", "mnist", "cifar10", "stl10"] = "auto"
+    """The paper's network for which data set. "auto": by the size of the images."""
+    normalise: Literal["global", "bytes"] = "global"
+    """"global": one mean and one deviation of all training pixels. "bytes": (x - 128) / 128."""
     seed: int = 0
-    """Chooses the labelled images, the initial weights and every batch."""
+    """Chooses the held-out or labelled images, the initial weights and every batch."""
 
-    steps: int = 1500
-    """Training steps in all. The paper's 90 epochs of the full set are 168,480 steps."""
-    batch_size: int = 32
-    """Labelled images in a step, and as many unlabelled ones; one anchor per class on top."""
-    learning_rate: float = 0.03
-    """Initial rate of SGD with Nesterov momentum. The paper's 0.1 suits runs of many epochs."""
+    steps: int = 1000
+    """Training steps in all."""
+    batch_size: int = 128
+    """What a step takes; the recipe's help says of what."""
+    learning_rate: float = 0.1
+    """Initial learning rate."""
+    schedule: Literal["step", "cosine", "plateau", "constant"] = "step"
+    """How the rate falls: to a tenth at --lr-drops; to 0 along a cosine; to a tenth whenever the
+    watched figure has not improved; not at all."""
     lr_drops: tuple[int, ...] = ()
-    """Steps after which the rate falls to a tenth. None given: 1/2 and 3/4 of --steps."""
+    """With "step": steps after which the rate falls to a tenth. None: 1/2 and 3/4 of --steps."""
+    lr_decay: float = 0.0
+    """The rate is also divided by 1 + lr_decay * step, as Torch7's learningRateDecay."""
+    patience: int = 3
+    """With "plateau": evaluations without improvement that lower the rate."""
+    plateau_drops: int = 3
+    """With "plateau": training ends when the rate would fall once more than this."""
     momentum: float = 0.9
+    """Momentum of SGD."""
+    dampening: float = 0.0
+    """Share of a gradient that is kept out of the momentum. Torch7's SGD had it equal to momentum
+    where nobody set it, which makes its rate act like a tenth."""
+    nesterov: bool = False
     """Nesterov momentum."""
     weight_decay: float = 1e-4
     """L2 penalty on all parameters."""
-    squared: bool = False
-    """Squared distances, as in the paper; plain ones, as in its code, do better in short runs."""
-    unlabelled_weight: float = 1.0
-    """Weight of the unlabelled images' entropy; the labelled images' cross-entropy has 1."""
+    ema: float = 0.0
+    """Evaluate an exponential moving average of the weights with this decay. 0: the weights."""
 
     out_dir: Path = Path("runs")
     """Folder that holds run folders."""
     name: str = "auto"
-    """Name of the run's folder in --out-dir. "auto": semisup-<data>-seed<seed>."""
+    """Name of the run's folder in --out-dir. "auto": <recipe>-<data>-seed<seed>."""
     resume: bool = False
     """Continue the run in its folder, with its flags; --steps may grow. Without a checkpoint there
     it starts over, and says so."""
     overwrite: bool = False
     """Replace the run in its folder; other files stay. If its config.json is damaged, remove the
     folder by hand."""
+    init_from: str = ""
+    """Start from the weights of this run's folder, or of a .safetensors file; nothing else of it is
+    taken."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. "auto": the GPU if torch sees one."""
     threads: int = 0
     """CPU threads; their number may change the last bits. 0: torch's choice."""
+    amp: bool = False
+    """Run the network in bfloat16 where autocast does; losses stay in float32."""
+    compile: Literal["off", "default", "reduce-overhead"] = "off"
+    """Run the network through torch.compile; "reduce-overhead" replays CUDA graphs. Results agree
+    up to rounding."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 250
-    """Steps between measurements of the test error, each with a checkpoint."""
+    """Steps between evaluations, each with a checkpoint."""
 
     def __post_init__(self):
-        for field in ("steps", "batch_size", "labels_per_class", "log_every", "eval_every"):
-            _require(getattr(self, field) >= 1, self, field, "at least 1")
-        for field in ("threads", "weight_decay", "unlabelled_weight"):
-            value = getattr(self, field)
-            _require(value >= 0 and math.isfinite(value), self, field, "0 or more")
-        _require(0 <= self.seed < 2**63, self, "seed", "0 to 2**63 - 1")
-        _require(self.learning_rate > 0, self, "learning_rate", "more than 0")
-        _require(math.isfinite(self.learning_rate), self, "learning_rate", "a finite number")
-        _require(0 < self.momentum < 1, self, "momentum", "between 0 and 1")
-        ascending = all(a < b for a, b in zip((0, *self.lr_drops), self.lr_drops, strict=False))
-        _require(ascending, self, "lr_drops", "ascending steps from 1 on")
-        _require(
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError that names the first field whose value is unusable."""
+        at_least(self, 1, "steps", "batch_size", "log_every", "eval_every", "patience")
+        at_least(self, 0, "threads", "weight_decay", "lr_decay", "image_size", "plateau_drops")
+        require(0 <= self.seed < 2**63, self, "seed", "0 to 2**63 - 1")
+        require(self.learning_rate > 0, self, "learning_rate", "more than 0")
+        require(math.isfinite(self.learning_rate), self, "learning_rate", "a finite number")
+        for field in ("momentum", "dampening", "ema"):
+            require(0 <= getattr(self, field) < 1, self, field, "0 or more, below 1")
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError("nesterov wants momentum above 0 and dampening 0")
+        drops = zip((0, *self.lr_drops), self.lr_drops, strict=False)
+        require(all(a < b for a, b in drops), self, "lr_drops", "ascending steps from 1 on")
+        require(
             Path(self.name).name == self.name and self.name not in ("", ".", ".."),
             self,
             "name",
@@ -89,19 +121,184 @@ class SemisupConfig:
     @property
     def drop_steps(self) -> tuple[int, ...]:
         """Steps after which the rate falls to a tenth, with the default filled in."""
+        if self.schedule != "step":
+            return ()
         return self.lr_drops or tuple(sorted({math.ceil(self.steps * k / 4) for k in (2, 3)}))
 
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of the update that follows ``step`` finished ones."""
-        return self.learning_rate * 0.1 ** sum(step >= drop for drop in self.drop_steps)
+    @property
+    def rates(self) -> Schedule:
+        """The learning rate as a function of the step and of what was watched."""
+        return Schedule(
+            kind=self.schedule,
+            rate=self.learning_rate,
+            steps=self.steps,
+            drops=self.drop_steps,
+            decay=self.lr_decay,
+            patience=self.patience,
+            max_drops=self.plateau_drops,
+        )
+
+
+@dataclass(frozen=True)
+class SemisupConfig(RunConfig):
+    """Semi-supervised metric embedding (Hoffer & Ailon, arXiv 1611.01449).
+
+    The defaults are for a first run of a minute or two on two cores; ``mnist-paper`` and the other
+    presets are the paper's.
+    """
+
+    recipe: ClassVar[str] = "semisup"
+
+    normalise: Literal["global", "bytes"] = "bytes"
+    labels_per_class: int = 10
+    """Labelled training images of each class; all others are used without their label."""
+    label_seed: int = -1
+    """Chooses the labelled images, where it is not to be --seed. -1: --seed."""
+    batches: Literal["paper", "code"] = "paper"
+    """"paper": --batch-size labelled and as many unlabelled images, and an anchor per class.
+    "code": --batch-size of all images as unlabelled ones, a labelled image and an anchor per
+    class."""
+    separate_norms: bool = False
+    """Batch normalisation takes its statistics of labelled images, unlabelled ones and anchors
+    apart, as in three copies of the network."""
+    squared: bool = False
+    """Squared distances, as in the paper; plain ones, as in its code, do better in short runs."""
+    unlabelled_weight: float = 1.0
+    """Weight of the unlabelled images' entropy; the labelled images' cross-entropy has 1."""
+
+    steps: int = 1500
+    batch_size: int = 32
+    """Labelled images in a step, and as many unlabelled ones; one anchor per class on top."""
+    learning_rate: float = 0.03
+    """Initial rate. The paper's 0.1 suits runs of many epochs."""
+    nesterov: bool = True
+
+    def check(self) -> None:
+        """Raise ValueError that names the first field whose value is unusable."""
+        super().check()
+        at_least(self, 1, "labels_per_class")
+        at_least(self, 0, "unlabelled_weight")
+        require(-1 <= self.label_seed < 2**63, self, "label_seed", "-1 to 2**63 - 1")
+
+
+@dataclass(frozen=True)
+class TripletConfig(RunConfig):
+    """Triplet network (Hoffer & Ailon, arXiv 1412.6622), or siamese pairs in its place.
+
+    The defaults are for a first run of a few minutes on two cores; ``mnist-paper`` and the other
+    presets are the paper's.
+    """
+
+    recipe: ClassVar[str] = "triplet"
+
+    loss: Literal["mse", "nll", "siamese"] = "mse"
+    """Of the two-way softmax of distances: squared error (the paper's) or negative log-likelihood.
+    "siamese": pairs with the contrastive loss, half of them of one class."""
+    margin: float = 1.0
+    """Margin of the siamese loss, in embedding units."""
+    dropout: float = 0.5
+    """Dropout after each pooling. 0.5 in the paper, 0.25 in its code."""
+    held_out: float = 0.1
+    """Share of the training images kept apart: the plateau schedule and the best checkpoint go by
+    their triplet error. The last evaluation trains its classifiers on all training images."""
+    test_triplets: int = 64_000
+    """Fixed triplets of test images, and as many of held-out ones, that the error is taken of."""
+
+    steps: int = 1000
+    batch_size: int = 64
+    """Triplets (or pairs) in a step."""
+    learning_rate: float = 0.5
+    """Initial rate; with dampening 0.9 it acts like 0.05."""
+    dampening: float = 0.9
+
+    def check(self) -> None:
+        """Raise ValueError that names the first field whose value is unusable."""
+        super().check()
+        at_least(self, 1, "test_triplets")
+        require(self.margin > 0 and math.isfinite(self.margin), self, "margin", "more than 0")
+        for field in ("dropout", "held_out"):
+            require(0 <= getattr(self, field) < 1, self, field, "0 or more, below 1")
+        if self.schedule == "plateau" and self.held_out == 0:
+            raise ValueError("schedule is 'plateau', which goes by held-out images; held_out is 0")
+
+
+@dataclass(frozen=True)
+class SpatialConfig(RunConfig):
+    """Spatial contrasting (Hoffer, Hubara & Ailon, arXiv 1610.00243), then fine-tuning.
+
+    The defaults are for a first run of a few minutes on two cores; ``stl10-paper`` and the other
+    presets are the paper's.
+    """
+
+    recipe: ClassVar[str] = "spatial"
+
+    patches: Literal["features", "images"] = "features"
+    """Cut patches out of the feature map, as the paper does, or out of the images."""
+    patch_size: int = 1
+    """Side of a patch in cells of the feature map, or in pixels of the images."""
+    reduce: Literal["flatten", "mean"] = "flatten"
+    """What becomes of the cells of a patch."""
+    min_offset: float = 0.0
+    """Least distance between the two patches of an image, in cells or pixels."""
+    symmetric: bool = False
+    """Contrast in both directions; the paper's equation 4 has one."""
+    pretraining_steps: int = 800
+    """Steps of spatial contrasting. 0: none, with no baseline beside it."""
+    pretraining_learning_rate: float = 0.1
+    """Initial rate of spatial contrasting."""
+    labels_per_class: int = 10
+    """Labelled training images of each class for fine-tuning. 0: all."""
+    protocol: Literal["all", "folds"] = "all"
+    """Fine-tune on all labels at once, or on each fold of the data set by itself."""
+    baseline: bool = True
+    """Train the same network from random weights beside it."""
+    shift: int = 0
+    """Largest translation of a training image, in pixels."""
+    mirror: bool = False
+    """Mirror every other training image."""
+    head_dropout: float = 0.0
+    """Dropout before the last layers, while fine-tuning."""
+    slope: float = 0.01
+    """Slope of the leaky units of the CIFAR-10 network."""
+
+    steps: int = 300
+    """Steps of fine-tuning."""
+    batch_size: int = 64
+    """Images in a step; in spatial contrasting also the number of contrasted patches."""
+    learning_rate: float = 0.01
+    """Initial rate of fine-tuning, and of the baseline 0.1 if that is more."""
+    schedule: Literal["step", "cosine", "plateau", "constant"] = "cosine"
+    eval_every: int = 100
+
+    def check(self) -> None:
+        """Raise ValueError that names the first field whose value is unusable."""
+        super().check()
+        at_least(self, 1, "patch_size")
+        at_least(self, 0, "pretraining_steps", "labels_per_class", "shift", "min_offset")
+        require(self.pretraining_learning_rate > 0, self, "pretraining_learning_rate", "above 0")
+        require(0 <= self.head_dropout < 1, self, "head_dropout", "0 or more, below 1")
+        require(0 <= self.slope < 1, self, "slope", "0 or more, below 1")
+        require(self.batch_size > 1, self, "batch_size", "2 or more: images to contrast")
 
 
 # How a run is carried out, as opposed to what it computes: free to differ when it is resumed.
 RUN_FIELDS = frozenset(
-    ("out_dir", "name", "resume", "overwrite", "device", "threads", "log_every", "eval_every")
+    (
+        *("out_dir", "name", "resume", "overwrite", "device", "threads"),
+        *("compile", "log_every", "eval_every"),
+    )
 )
 
 
-def _require(condition: bool, config: object, field: str, wanted: str) -> None:
+def at_least(config: RunConfig, least: float, *fields: str) -> None:
+    """Raise ValueError that names the first field that is not a finite number from ``least`` on."""
+    wanted = f"{least} or more" if least == 0 else f"at least {least}"
+    for field in fields:
+        value = getattr(config, field)
+        require(value >= least and math.isfinite(value), config, field, wanted)
+
+
+def require(condition: bool, config: RunConfig, field: str, wanted: str) -> None:
+    """Raise ValueError that names the field, what came and what was wanted."""
     if not condition:
         raise ValueError(f"{field} is {getattr(config, field)!r}; wanted {wanted}")

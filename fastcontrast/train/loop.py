@@ -2,25 +2,38 @@
 
 The loop owns the order of things (update, log, evaluate, checkpoint, stop) and nothing else. What a
 step computes is a pure function of the step's number, so that a run can be continued from a
-checkpoint as if it had never stopped.
+checkpoint as if it had never stopped. The network's outputs are cut out of the graph before the
+loss: its gradient is taken first, then the network's, so that each can be timed, and the outputs
+of several processes brought together in between.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastcontrast.train.checkpoints import TrainingState, latest_checkpoint, save_checkpoint
+from fastcontrast.train.clock import Clock
 from fastcontrast.train.runs import RunFolder, append_metrics
+from fastcontrast.train.schedules import Schedule
 
-Batch = TypeVar("Batch")
+Targets = TypeVar("Targets")
+
+
+class Batch(NamedTuple, Generic[Targets]):
+    """What the network takes, and what the loss takes beside the network's outputs."""
+
+    images: Tensor
+    targets: Targets
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -37,27 +50,68 @@ class Progress(Protocol):
         """Show what was just written to the metrics."""
 
 
+@dataclass(frozen=True)
+class Task(Generic[Targets]):
+    """What a recipe hands to the loop: everything that differs between the papers.
+
+    Attributes:
+        batch_at: The batch of the step that follows this many finished ones.
+        forward: The network's outputs for a batch's images.
+        loss: From outputs and targets, the scalar to minimise and its parts to be logged, [P].
+        part_names: Names of the parts, in their order; the first is ``"loss"``.
+        images_per_step: How many images a batch has.
+        evaluate: Figures of a network in the state it is in, to be logged.
+        schedule: Of the learning rate.
+        steps: Where to end.
+        watch: The figure, of the evaluation or ``"interval_loss"`` (the mean loss since the
+            evaluation before), that the plateau schedule goes by; lower is better.
+        keep_best: Whether the checkpoint with the lowest watched figure is kept beside the last.
+    """
+
+    batch_at: Callable[[int], Batch[Targets]]
+    forward: Callable[[Callable[..., Any], Tensor], Tensor]
+    loss: Callable[[Tensor, Targets], tuple[Tensor, Tensor]]
+    part_names: tuple[str, ...]
+    images_per_step: int
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    schedule: Schedule
+    steps: int
+    watch: str = "interval_loss"
+    keep_best: bool = False
+
+
 def train_step(
-    model: nn.Module,
-    batch: Batch,
-    loss_fn: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
+    model: Callable[..., Any],
+    batch: Batch[Targets],
+    task: Task[Targets],
     optimizer: torch.optim.Optimizer,
+    clock: Clock,
+    amp: bool = False,
 ) -> Tensor:
     """Make one update.
 
     Args:
         model: In training mode.
-        batch: Whatever ``loss_fn`` takes.
-        loss_fn: Gives the scalar to minimise and the parts of it to be logged, [P].
+        batch: What the task's functions take.
+        task: Gives the network's pass and the loss.
         optimizer: Over the model's parameters.
+        clock: Is told what took the time.
+        amp: Whether the network runs under autocast to bfloat16.
 
     Returns:
-        The parts, detached, [P], on the model's device; nothing here waits for the device.
+        The parts of the loss, detached, [P], on the model's device; nothing here waits for it.
     """
-    loss, parts = loss_fn(model, batch)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=amp):
+        outputs = task.forward(model, batch.images)
+    clock.lap("model")
+    cut = outputs.detach().float().requires_grad_()
+    loss, parts = task.loss(cut, batch.targets)
+    (gradient,) = torch.autograd.grad(loss, cut)
+    clock.lap("loss")
+    outputs.backward(gradient.to(outputs.dtype))
     optimizer.step()
+    clock.lap("model")
     return parts.detach()
 
 
@@ -65,20 +119,19 @@ def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: TrainingState,
+    task: Task[Any],
     *,
-    steps: int,
-    batch_at: Callable[[int], Batch],
-    loss_fn: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
-    part_names: tuple[str, ...],
-    learning_rate_at: Callable[[int], float],
-    evaluate: Callable[[], dict[str, float]],
     run: RunFolder,
     log_every: int,
     eval_every: int,
     progress: Progress,
     should_stop: Callable[[], bool],
+    runner: Callable[..., Any] | None = None,
+    average: nn.Module | None = None,
+    decay: float = 0.0,
+    amp: bool = False,
 ) -> TrainingState:
-    """Train from where ``state`` stands up to ``steps``, or until asked to stop.
+    """Train from where ``state`` stands to the task's end, or until asked to stop.
 
     Every ``log_every`` steps a line goes to the metrics (the one time that the host waits for the
     device); every ``eval_every`` steps the model is evaluated and a checkpoint written. Both also
@@ -88,17 +141,16 @@ def fit(
         model: Trained in place.
         optimizer: Over its parameters.
         state: Where the run stands: fresh, or as loaded with the model and the optimiser.
-        steps: Where to end.
-        batch_at: The batch of the step that follows this many finished ones.
-        loss_fn: See :func:`train_step`.
-        part_names: Names of the loss's parts, in their order.
-        learning_rate_at: Learning rate after this many finished steps.
-        evaluate: Figures to be logged; called with the model as it is.
+        task: What to train on, towards what.
         run: Where metrics and checkpoints go.
         log_every: Steps between metrics lines.
         eval_every: Steps between evaluations and checkpoints.
         progress: Is told of every step and of every metrics line.
         should_stop: Asked after every step.
+        runner: What runs the model's passes, if that is compiled; evaluations take the model.
+        average: Receives the moving average of the weights, and is evaluated instead of the model.
+        decay: Of the moving average.
+        amp: See :func:`train_step`.
 
     Returns:
         Where the run stands now.
@@ -108,40 +160,69 @@ def fit(
         OSError: If metrics or a checkpoint could not be written. The previous checkpoint is kept.
     """
     model.train()
-    sums, summed_steps = state.sums, state.summed_steps
+    device = state.sums.device
+    clock = Clock(device, task.images_per_step)
     begun = time.perf_counter() - state.seconds
-    while state.step < steps:
+    while state.step < task.steps and not task.schedule.is_over(state.watched):
+        rate = task.schedule.at(state.step, state.watched)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(state.step)
-        sums = sums + train_step(model, batch_at(state.step), loss_fn, optimizer)
-        summed_steps += 1
+            group["lr"] = rate
+        clock.start()
+        batch = task.batch_at(state.step)
+        clock.lap("data")
+        parts = train_step(runner or model, batch, task, optimizer, clock, amp)
+        if average is not None:
+            update_average(average, model, decay)
+            clock.lap("model")
+        clock.end()
         done = state.step + 1
-        stopping, last = should_stop(), done == steps
+        state = state.after(parts)
+        stopping, last = should_stop(), done == task.steps
         evaluating = last or done % eval_every == 0
         record: dict[str, Any] = {}
         if last or done % log_every == 0:
-            means = (sums / summed_steps).tolist()
-            _require_finite(sums, done, run)
-            record |= dict(zip(part_names, means, strict=True))
-            record["learning_rate"] = learning_rate_at(state.step)
-            sums, summed_steps = torch.zeros_like(sums), 0
+            means = (state.sums / state.summed_steps).tolist()
+            _require_finite(state.sums, done, run)
+            record |= dict(zip(task.part_names, means, strict=True))
+            record |= {"learning_rate": rate, "speed": clock.read()}
+            state = replace(state, sums=torch.zeros_like(state.sums), summed_steps=0)
+        best = False
         if evaluating or stopping:
-            _require_finite(sums, done, run)
+            _require_finite(state.interval, done, run)
             _require_finite(torch.stack([p.detach().sum() for p in model.parameters()]), done, run)
         if evaluating:
-            record |= evaluate()
-        state = TrainingState(done, sums, summed_steps, time.perf_counter() - begun)
+            figures = task.evaluate(model if average is None else average)
+            record |= figures
+            figures["interval_loss"] = (state.interval[0] / state.interval_steps).item()
+            watched = figures[task.watch]
+            best = task.keep_best and watched < min(state.watched, default=math.inf)
+            state = replace(
+                state,
+                watched=(*state.watched, watched),
+                interval=torch.zeros_like(state.interval),
+                interval_steps=0,
+            )
+        state = replace(state, seconds=time.perf_counter() - begun)
         if record:
             record = {"step": done, **record, "seconds": round(state.seconds, 3)}
             append_metrics(run, record)
         if evaluating or stopping:
-            save_checkpoint(run.checkpoints, model, optimizer, state)
+            save_checkpoint(run.checkpoints, model, optimizer, state, average, best=best)
         progress.advance(done)
         if record:
             progress.record(record)
         if stopping:
             break
     return state
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the average's parameters towards the model's, and copy its other buffers."""
+    for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
+        ours.lerp_(theirs, 1 - decay)
+    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        ours.copy_(theirs)
 
 
 @contextmanager

@@ -1,48 +1,170 @@
-"""Embedding networks of the reproduced systems; built by the recipes."""
+"""Embedding networks of the three papers, by data set; built by the recipes.
+
+Widths, kernels and their sources are in docs/reproduction.md. Every network takes float [M, C, H,
+W] of its data set's size, and of any other that leaves at least one cell; the size of the
+embedding does not depend on it. Convolutions and biases start as in Torch7, which is PyTorch's
+default; gains of batch normalisation start at 1, where Torch7 drew them from U(0, 1).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+NETWORKS = ("mnist", "cifar10", "stl10")
 
-def mnist_embedding_network() -> nn.Sequential:
-    """Network of semi-supervised metric embedding for MNIST: 28 x 28 pixels to 128 features.
 
-    From the authors' released code: five convolutions with batch normalisation *after* the ReLU and
-    a global average, no dropout, features not normalised; 134,336 convolution and 608 normalisation
-    parameters. One deviation: normalisation gains start at 1, PyTorch's default, where Torch7 drew
-    them from U(0, 1).
+def network_for(images: Tensor) -> str:
+    """Name of the network made for images of this size: by their shorter side."""
+    side = min(images.shape[2:])
+    return "mnist" if side <= 28 else "cifar10" if side <= 48 else "stl10"
 
-    Returns:
-        Module from float [M, 1, 28, 28] to float [M, 128], on the CPU, initialised from torch's
-        default generator.
+
+def build(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build a network with weights that are a function of the seed; global state is untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return make()
+
+
+def semisup_network(name: str, channels: int) -> nn.Sequential:
+    """Network of semi-supervised metric embedding: 128 features for MNIST, 192 otherwise.
+
+    MNIST's is that of the authors' code: five convolutions with batch normalisation *after* the
+    ReLU and a global average, no dropout, features not normalised; 134,336 convolution and 608
+    normalisation parameters. CIFAR-10's is a network in network; STL-10's is the same one.
     """
+    if name == "mnist":
+        return nn.Sequential(
+            *_pooled(channels, 16, 5),  # [M, 16, 13, 13]
+            *_relu_norm(16, 32),
+            *_relu_norm(32, 64),
+            *_pooled(64, 64, 3),  # [M, 64, 6, 6]
+            *_relu_norm(64, 128),
+            *_average(),  # [M, 128]
+        )
     return nn.Sequential(
-        *_convolution(1, 16, 5, pool=True),  # [M, 16, 13, 13]
-        *_convolution(16, 32, 3),
-        *_convolution(32, 64, 3),
-        *_convolution(64, 64, 3, pool=True),  # [M, 64, 6, 6]
-        *_convolution(64, 128, 3),
-        nn.AvgPool2d(6),
-        nn.Flatten(),  # [M, 128]
+        *_relu_norm(channels, 192, 5),
+        *_relu_norm(192, 160, 1),
+        *_relu_norm(160, 96, 1),
+        nn.MaxPool2d(3, 2),  # [M, 96, 15, 15]
+        *_relu_norm(96, 192, 5),
+        *_relu_norm(192, 192, 1),
+        *_relu_norm(192, 192, 1),
+        nn.MaxPool2d(3, 2),  # [M, 192, 7, 7]
+        *_relu_norm(192, 192),
+        *_relu_norm(192, 192, 1),
+        *_average(),  # [M, 192]
     )
 
 
-def normalise_pixels(images: Tensor) -> Tensor:
-    """Map bytes to about -1..1 as the authors' code does: ``(x - 128) / 128``.
+def triplet_network(name: str, channels: int, dropout: float) -> nn.Sequential:
+    """Network of the triplet paper: 128 features, none negative, no batch normalisation.
 
-    Args:
-        images: uint8 [M, C, H, W].
-
-    Returns:
-        float32 of the same shape.
+    CIFAR-10 and SVHN 505,088 parameters, STL-10 the same with stride 3 in the first convolution,
+    MNIST 93,184 with kernels 5, 3, 3 (the paper does not give them). The last layer is a
+    convolution and a ReLU, whose single cell at the papers' sizes is the embedding.
     """
-    return (images.to(torch.float32) - 128) / 128
+    widths, kernels = ((32, 64, 128), (5, 3, 3)) if name == "mnist" else ((64, 128, 256), (5, 3, 3))
+    layers: list[nn.Module] = []
+    for number, (width, kernel) in enumerate(zip(widths, kernels, strict=True)):
+        stride = 3 if name == "stl10" and number == 0 else 1
+        layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU(), nn.MaxPool2d(2)]
+        if name != "mnist" or number < 2:
+            layers.append(nn.Dropout(dropout))
+        channels = width
+    if name != "mnist":
+        layers += [nn.Conv2d(channels, 128, 2), nn.ReLU()]
+    return nn.Sequential(*layers, *_average())
 
 
-def _convolution(channels: int, out: int, kernel: int, pool: bool = False) -> list[nn.Module]:
-    layers: list[nn.Module] = [nn.Conv2d(channels, out, kernel, padding=1)]
-    if pool:
-        layers.append(nn.MaxPool2d(2))
-    return [*layers, nn.ReLU(), nn.BatchNorm2d(out)]
+def spatial_trunk(name: str, channels: int, slope: float) -> nn.Sequential:
+    """The part of spatial contrasting's network that is pretrained: images to a feature map.
+
+    MNIST [M, 64, 6, 6], CIFAR-10 [M, 192, 8, 8], STL-10 [M, 192, 23, 23].
+    """
+    if name == "mnist":
+        return nn.Sequential(
+            nn.Conv2d(channels, 32, 5, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),  # [M, 32, 13, 13]
+            nn.BatchNorm2d(32),
+            *_norm_relu(32, 64),
+            *_norm_relu(64, 64),
+            nn.MaxPool2d(2),  # [M, 64, 6, 6]
+            nn.BatchNorm2d(64),
+        )
+    if name == "cifar10":
+        return nn.Sequential(
+            *_norm_relu(channels, 96, slope=slope),
+            *_norm_relu(96, 96, slope=slope),
+            *_norm_relu(96, 96, slope=slope),
+            nn.MaxPool2d(2),  # [M, 96, 16, 16]
+            nn.BatchNorm2d(96),
+            *_norm_relu(96, 192, slope=slope),
+            *_norm_relu(192, 192, slope=slope),
+            *_norm_relu(192, 192, slope=slope),
+            nn.MaxPool2d(2),  # [M, 192, 8, 8]
+            nn.BatchNorm2d(192),
+        )
+    return nn.Sequential(
+        *_norm_relu(channels, 64, 5),
+        *_norm_relu(64, 160, 1),
+        *_norm_relu(160, 96, 1),
+        nn.MaxPool2d(3, 2),  # [M, 96, 47, 47]
+        *_norm_relu(96, 192, 5),
+        *_norm_relu(192, 192, 1),
+        *_norm_relu(192, 192, 1),
+        nn.MaxPool2d(3, 2),  # [M, 192, 23, 23]
+        *_norm_relu(192, 192),
+        *_norm_relu(192, 192, 1),
+        *_norm_relu(192, 192, 1),
+    )
+
+
+def spatial_head(name: str, classes: int, slope: float, dropout: float) -> nn.Sequential:
+    """What follows the trunk for classification: a feature map to scores [M, classes]."""
+    drop = [nn.Dropout(dropout)] if dropout else []
+    if name == "mnist":
+        layers = [*_norm_relu(64, 128), *drop, nn.Conv2d(128, classes, 1)]
+    elif name == "cifar10":
+        layers = [
+            *_norm_relu(192, 192, slope=slope),
+            *_norm_relu(192, 192, 1, slope=slope),
+            *drop,
+            nn.Conv2d(192, classes, 1),
+        ]
+    else:
+        layers = [
+            nn.Conv2d(192, 256, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(256, 128, 1),
+            nn.ReLU(),
+            *drop,
+            nn.Conv2d(128, classes, 1),
+        ]
+    return nn.Sequential(*layers, *_average())
+
+
+def _pooled(channels: int, out: int, kernel: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels, out, kernel, padding=1)
+    return [convolution, nn.MaxPool2d(2), nn.ReLU(), nn.BatchNorm2d(out)]
+
+
+def _relu_norm(channels: int, out: int, kernel: int = 3) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels, out, kernel, padding=kernel // 2)
+    return [convolution, nn.ReLU(), nn.BatchNorm2d(out)]
+
+
+def _norm_relu(
+    channels: int, out: int, kernel: int = 3, slope: float | None = None
+) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels, out, kernel, padding=kernel // 2)
+    unit = nn.ReLU() if slope is None else nn.LeakyReLU(slope)
+    return [convolution, nn.BatchNorm2d(out), unit]
+
+
+def _average() -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten()]

@@ -1,6 +1,7 @@
-"""The two pictures of a run, as PNG files; drawn by the recipes when training ends.
+"""The pictures of a run, as PNG files; drawn when training ends, and again by `fastcontrast plot`.
 
 matplotlib is imported when a picture is drawn, and drawn to files only: no display is needed.
+What has classes on both sides, confusion and neighbours, is in :mod:`fastcontrast.train.sheets`.
 """
 
 from __future__ import annotations
@@ -9,30 +10,86 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastcontrast.data import ImageDataset
+from fastcontrast.train.config import RunConfig
+from fastcontrast.train.progress import LABELS
+from fastcontrast.train.runs import RunFolder, read_metrics
+from fastcontrast.train.sheets import (
+    open_figure,
+    plot_confusion,
+    plot_neighbours,
+    save_figure,
+)
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
+METHODS = ("pca", "tsne", "umap")
 _FLOOR = 1e-6  # nats; below it a loss is drawn at it, so that a zero fits the log scale
 _INK, _FAINT = "#222222", "#8a8a8a"
-_LABELLED, _UNLABELLED, _ERROR = "#1f6fb4", "#e07b1f", "#b3282d"
+_COLOURS = ("#1f6fb4", "#e07b1f", "#b3282d", "#2f8f4e", "#7a4fa3")
+
+
+def plot_run(
+    run: RunFolder, config: RunConfig, dataset: ImageDataset, method: str = "pca"
+) -> list[Path]:
+    """Draw everything that the files in a run's folder, and in those of its stages, allow.
+
+    Args:
+        run: The folder: metrics.jsonl gives the curves, embeddings.npz the other pictures.
+        config: What was run.
+        dataset: The run's data, for class names and the sheet of neighbours.
+        method: How the embedding is brought to two dimensions: one of ``METHODS``.
+
+    Returns:
+        The pictures that were written.
+
+    Raises:
+        ValueError: If a file is damaged.
+        ModuleNotFoundError: If the method's package is not installed.
+    """
+    setting = f"{config.recipe} on {dataset.name}, seed {config.seed}"
+    written = []
+    for folder in (run, *(RunFolder(path) for path in run.stages)):
+        name = "" if folder == run else f"{folder.path.name}, "
+        if plot_curve(read_metrics(folder), config.drop_steps, name + setting, folder.curve):
+            written.append(folder.curve)
+    if not run.embeddings.is_file():
+        return written
+    try:
+        with np.load(run.embeddings, allow_pickle=False) as arrays:
+            saved = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        points, labels = saved["test_embeddings"].float(), saved["test_labels"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{run.embeddings}: damaged ({error})") from error
+    predictions, names = saved.get("test_predictions"), dataset.class_names
+    error = "" if predictions is None else f": error {(predictions != labels).double().mean():.2%}"
+    marks, mark_labels = saved.get("labelled_embeddings"), saved.get("labelled_labels")
+    plot_embedding(
+        points, labels, marks, mark_labels, names, f"Test images, {setting}{error}",
+        run.embedding, method,
+    )  # fmt: skip
+    written.append(run.embedding)
+    if predictions is not None:
+        plot_confusion(labels, predictions, names, f"{setting}{error}", run.confusion)
+        written.append(run.confusion)
+    if len(dataset.test_images) == len(points):
+        plot_neighbours(points, labels, dataset.test_images, names, setting, run.neighbours)
+        written.append(run.neighbours)
+    return written
 
 
 def plot_curve(
-    records: Sequence[dict[str, Any]],
-    pixel_error: float,
-    drop_steps: Sequence[int],
-    title: str,
-    path: Path,
+    records: Sequence[dict[str, Any]], drop_steps: Sequence[int], title: str, path: Path
 ) -> bool:
-    """Draw both parts of the loss, and below them the 1-NN test error, over the training steps.
+    """Draw the losses, and below them the errors, over the training steps.
 
     Args:
-        records: Lines of metrics.jsonl.
-        pixel_error: 1-NN test error of raw pixels, 0 to 1, drawn for comparison.
+        records: Lines of metrics.jsonl: keys that start with "loss" and with "error".
         drop_steps: Steps after which the learning rate fell, marked where they were reached.
         title: Title of the picture.
         path: PNG file to write.
@@ -41,87 +98,91 @@ def plot_curve(
         Whether there was anything to draw.
     """
     losses = [r for r in records if "loss" in r]
-    errors = [r for r in records if "error_1nn" in r]
+    errors = [r for r in records if any(key.startswith("error") for key in r)]
     if not losses:
         return False
-    figure = _figure(8.0, 6.4)
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    figure = open_figure(8.0, 6.4 if errors else 3.6)
+    panels = figure.subplots(2 if errors else 1, 1, sharex=True, squeeze=False)[:, 0]
+    top = panels[0]
     mark = {"marker": "o", "markersize": 3} if len(losses) < 40 else {}
-    for key, label, colour in (
-        ("loss_labelled", "labelled: cross-entropy", _LABELLED),
-        ("loss_unlabelled", "unlabelled: entropy", _UNLABELLED),
-    ):
+    parts = [key for key in losses[0] if key.startswith("loss_")] or ["loss"]
+    for key, colour in zip(parts, _COLOURS, strict=False):
         points = [max(r[key], _FLOOR) for r in losses]
+        label = key.removeprefix("loss_").replace("_", " ")
         top.plot([r["step"] for r in losses], points, color=colour, label=label, lw=1.6, **mark)
-    values = [max(r[key], _FLOOR) for r in losses for key in ("loss_labelled", "loss_unlabelled")]
+    values = [max(r[key], _FLOOR) for r in losses for key in parts]
     if max(values) > 10 * min(values):
         top.set_yscale("log")
-    top.set_ylabel("loss (nats, mean since last point)")
+    top.set_ylabel("loss (mean since last point)")
     reached = [step for step in drop_steps if step < losses[-1]["step"]]
-    for axes in (top, bottom):
+    for axes in panels:
         for step in reached:
             axes.axvline(step, color=_FAINT, ls=":", lw=1.2)
     if reached:
         top.plot([], [], color=_FAINT, ls=":", lw=1.2, label="learning rate / 10")
-    bottom.axhline(
-        100 * pixel_error, color=_FAINT, ls="--", lw=1.4, label=f"raw pixels ({pixel_error:.1%})"
-    )
     if errors:
-        steps, percent = [r["step"] for r in errors], [100 * r["error_1nn"] for r in errors]
-        bottom.plot(
-            steps, percent, color=_ERROR, lw=1.6, marker="o", markersize=4, label="embedding"
-        )
-        bottom.annotate(
-            f"{percent[-1]:.1f}%",
-            (steps[-1], percent[-1]),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="right",
-            color=_ERROR,
-            fontweight="bold",
-        )
-    bottom.set_ylim(
-        bottom=0, top=1.15 * max(100 * pixel_error, *(100 * r["error_1nn"] for r in errors), 1)
-    )
-    bottom.set_ylabel("1-NN test error (%)")
-    bottom.set_xlabel("training step")
-    bottom.set_xlim(left=0)
-    for axes in (top, bottom):
+        _draw_errors(panels[1], errors)
+    for axes in panels:
         _plain_axes(axes)
         axes.grid(color="#e6e6e6", lw=0.8)
-        place = "upper right" if axes is top else "center right"  # clear of raw pixels' line
-        axes.legend(fontsize=9, loc=place, framealpha=0.9, edgecolor="none")
+        axes.legend(fontsize=9, loc="upper right", framealpha=0.9, edgecolor="none")
+    panels[-1].set_xlabel("training step")
+    panels[-1].set_xlim(left=0)
     figure.align_ylabels()
     figure.suptitle(title, fontsize=12, color=_INK)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
+
+
+def _draw_errors(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
+    keys = list(dict.fromkeys(k for r in records for k in r if k.startswith("error")))
+    highest = 1.0
+    for key, colour in zip(keys, _COLOURS, strict=False):
+        mine = [(r["step"], 100 * r[key]) for r in records if key in r]
+        steps, percent = [step for step, _ in mine], [value for _, value in mine]
+        highest = max(highest, *percent)
+        label = f"{LABELS.get(key, key.replace('_', ' '))} ({percent[-1]:.2f} %)"
+        axes.plot(steps, percent, color=colour, lw=1.6, marker="o", markersize=4, label=label)
+    axes.set_ylim(bottom=0, top=1.15 * highest)
+    axes.set_ylabel("error (%)")
 
 
 def plot_embedding(
     points: Tensor,
     labels: Tensor,
-    labelled_points: Tensor,
-    labelled_labels: Tensor,
+    labelled_points: Tensor | None,
+    labelled_labels: Tensor | None,
     class_names: Sequence[str],
     title: str,
     path: Path,
+    method: str = "pca",
 ) -> None:
-    """Draw the test embeddings in the plane of their two main directions, coloured by class.
+    """Draw the test embeddings in two dimensions, coloured by class.
 
     Args:
         points: Test embeddings [T, D].
         labels: int64 [T].
-        labelled_points: Embeddings of the labelled training images [L, D], drawn as outlined marks.
+        labelled_points: Embeddings of the labelled training images [L, D], drawn as outlined marks;
+            or None.
         labelled_labels: int64 [L].
         class_names: Names for the legend.
         title: Title of the picture.
         path: PNG file to write.
+        method: ``"pca"``: the plane of the two main directions. ``"tsne"``, ``"umap"``: by the
+            packages openTSNE and umap-learn.
+
+    Raises:
+        ModuleNotFoundError: If the method's package is not installed.
     """
-    mean, directions, shares = principal_directions(points, 2)
-    plane = ((points.double() - mean) @ directions).cpu().numpy()
-    marks = ((labelled_points.double() - mean) @ directions).cpu().numpy()
-    labels_of_points, labels_of_marks = labels.cpu().numpy(), labelled_labels.cpu().numpy()
-    figure = _figure(8.4, 7.2)
+    if labelled_points is None or labelled_labels is None:
+        labelled_points, labelled_labels = points[:0], labels[:0]
+    has_marks = len(labelled_points) > 0
+    both = torch.cat([points, labelled_points])
+    flat, axis_names = _in_two_dimensions(both, len(points), method)
+    plane, marks = flat[: len(points)], flat[len(points) :]
+    labels_of_points = labels.cpu().numpy()
+    labels_of_marks = labelled_labels.cpu().numpy()
+    figure = open_figure(8.4, 7.2)
     axes = figure.subplots()
     colours = _class_colours(len(class_names))
     size = 9 if len(plane) <= 4000 else 3
@@ -129,18 +190,48 @@ def plot_embedding(
         mine = plane[labels_of_points == number]
         axes.scatter(*mine.T, s=size, color=colours[number], alpha=0.55, lw=0)
         axes.scatter([], [], s=46, color=colours[number], lw=0, label=name)
-    for number in range(len(class_names)):
+    outline = {"edgecolors": "black", "linewidths": 0.9}
+    for number in range(len(class_names) if has_marks else 0):
         mine = marks[labels_of_marks == number]
-        outline = {"edgecolors": "black", "linewidths": 0.9, "zorder": 3}
-        axes.scatter(*mine.T, s=46, color=colours[number], **outline)
-    axes.scatter([], [], s=46, color="white", edgecolors="black", lw=0.9, label="labelled")
-    axes.set_xlabel(f"first principal direction ({shares[0]:.0%} of the variance)")
-    axes.set_ylabel(f"second principal direction ({shares[1]:.0%})")
+        axes.scatter(*mine.T, s=46, color=colours[number], zorder=3, **outline)
+    if has_marks:
+        axes.scatter([], [], s=46, color="white", label="labelled", **outline)
+    axes.set_xlabel(axis_names[0])
+    axes.set_ylabel(axis_names[1])
     axes.set_aspect("equal", adjustable="box")
     _plain_axes(axes)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="class")
     axes.set_title(title, fontsize=12, color=_INK, pad=12)
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def _in_two_dimensions(
+    points: Tensor, fitted: int, method: str
+) -> tuple[np.ndarray, tuple[str, str]]:
+    """Bring points to [N, 2], and name the axes; PCA is fitted on the first ``fitted`` of them."""
+    if method == "pca":
+        mean, directions, shares = principal_directions(points[:fitted], 2)
+        names = (
+            f"first principal direction ({shares[0]:.0%} of the variance)",
+            f"second principal direction ({shares[1]:.0%})",
+        )
+        return ((points.double() - mean) @ directions).cpu().numpy(), names
+    rows = points.float().cpu().numpy()
+    try:
+        if method == "tsne":
+            from openTSNE import TSNE  # pyright: ignore[reportMissingImports]
+
+            return np.asarray(TSNE(random_state=0).fit(rows)), ("t-SNE 1", "t-SNE 2")
+        if method == "umap":
+            from umap import UMAP  # pyright: ignore[reportMissingImports]
+
+            return np.asarray(UMAP(random_state=0).fit_transform(rows)), ("UMAP 1", "UMAP 2")
+    except ImportError as error:
+        package = {"tsne": "openTSNE", "umap": "umap-learn"}[method]
+        raise ModuleNotFoundError(
+            f"method {method} needs {package}: pip install {package}"
+        ) from error
+    raise ValueError(f"method is {method!r}; wanted {', '.join(METHODS)}")
 
 
 def principal_directions(points: Tensor, count: int) -> tuple[Tensor, Tensor, list[float]]:
@@ -172,22 +263,7 @@ def _class_colours(count: int) -> list[Any]:
     return [table(i) if count <= 10 else table(i / (count - 1)) for i in range(count)]
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: no global state, no display
-    return figure
-
-
 def _plain_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_INK)
     axes.set_axisbelow(True)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)

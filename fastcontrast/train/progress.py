@@ -7,11 +7,21 @@ too.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from fastcontrast.train.clock import PARTS
+from fastcontrast.train.evaluation import Figure
 from fastcontrast.train.loop import Progress
+
+# What keys of the metrics mean, where their words do not say it.
+LABELS = {
+    **{f"error_{k}nn": f"{k}-NN test error" for k in (1, 3, 5)},
+    "error_triplets": "test triplets in error",
+    "error_held_out": "held-out triplets in error",
+    "error_test": "test error",
+}
 
 
 @contextmanager
@@ -63,9 +73,24 @@ class _Bar:
     def record(self, record: dict[str, Any]) -> None:
         """Show the loss beside the bar, and an error as a line that stays."""
         if "loss" in record:
-            self._bar.update(self._task, figures=f"loss {record['loss']:.3f}")
-        if "error_1nn" in record:
+            speed = record["speed"].get("images_per_second")
+            figures = f"loss {record['loss']:.3f}" + (f", {speed:,.0f} images/s" if speed else "")
+            self._bar.update(self._task, figures=figures)
+        if any(key.startswith("error") for key in record):
             self._bar.console.print(_step_and_figures(record, self._steps), highlight=False)
+
+
+def print_figures(figures: Sequence[Figure], title: str) -> None:
+    """Print figures as percentages, each with the protocol that it was taken by.
+
+    Args:
+        figures: What to print, a line each.
+        title: What they are about.
+    """
+    width = max(len(figure.name) for figure in figures)
+    print(f"\n{title}")
+    for figure in figures:
+        print(f"  {figure.name:<{width}}  {figure.value:>7.2%}   {figure.protocol}")
 
 
 def print_errors(rows: dict[str, dict[int, float]], title: str) -> None:
@@ -86,10 +111,16 @@ def print_errors(rows: dict[str, dict[int, float]], title: str) -> None:
 def _step_and_figures(record: dict[str, Any], steps: int) -> str:
     text = f"step {record['step']:>{len(str(steps))}}/{steps}"
     if "loss" in record:
-        text += (
-            f"   loss {record['loss']:.4f} (labelled {record['loss_labelled']:.4f}, "
-            f"unlabelled {record['loss_unlabelled']:.4f})"
+        parts = ", ".join(
+            f"{key.removeprefix('loss_').replace('_', ' ')} {value:.4f}"
+            for key, value in record.items()
+            if key.startswith("loss_")
         )
-    if "error_1nn" in record:
-        text += f"   1-NN test error {record['error_1nn']:.2%}"
+        text += f"   loss {record['loss']:.4f}" + (f" ({parts})" if parts else "")
+    for key, value in record.items():
+        if key.startswith("error"):
+            text += f"   {LABELS.get(key, key.replace('_', ' '))} {value:.2%}"
+    if speed := record.get("speed"):
+        shares = ", ".join(f"{part} {speed[part]:.0%}" for part in PARTS)
+        text += f"   {speed['images_per_second']:,.0f} images/s ({shares})"
     return text

@@ -7,23 +7,35 @@ line. The recipes open a folder here before they train, and the loop appends to 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastcontrast.train.checkpoints import remove_checkpoints, write_atomically
-from fastcontrast.train.config import RUN_FIELDS, SemisupConfig
+from fastcontrast.train.config import (
+    RUN_FIELDS,
+    RunConfig,
+    SemisupConfig,
+    SpatialConfig,
+    TripletConfig,
+)
 
-_RECIPE = "semisup"
+RECIPES = {config.recipe: config for config in (TripletConfig, SpatialConfig, SemisupConfig)}
+STAGES = ("pretraining", "finetuned", "baseline")
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -47,18 +59,23 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def results(self) -> Path:
+        """What the run came to: every figure with its protocol."""
+        return self.path / "results.json"
+
+    @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoint."""
+        """Folder of the checkpoints."""
         return self.path / "checkpoint"
 
     @property
     def embeddings(self) -> Path:
-        """Embeddings of the test images and of the labelled images."""
+        """Embeddings of the test images and of labelled images."""
         return self.path / "embeddings.npz"
 
     @property
     def curve(self) -> Path:
-        """Picture of loss and error over the steps."""
+        """Picture of losses and figures over the steps."""
         return self.path / "curve.png"
 
     @property
@@ -66,17 +83,45 @@ class RunFolder:
         """Picture of the embedding in two dimensions."""
         return self.path / "embedding.png"
 
+    @property
+    def confusion(self) -> Path:
+        """Picture of what was taken for what."""
+        return self.path / "confusion.png"
 
-def folder_of(config: SemisupConfig) -> RunFolder:
+    @property
+    def neighbours(self) -> Path:
+        """Sheet of test images beside their nearest neighbours."""
+        return self.path / "neighbours.png"
+
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """All that a run may leave, in the order in which it is shown."""
+        files = (self.config, self.metrics, self.results, *self.stages, self.checkpoints)
+        pictures = (self.curve, self.embedding, self.confusion, self.neighbours)
+        return (*files, self.embeddings, *pictures)
+
+    @property
+    def stages(self) -> list[Path]:
+        """Folders of the run's stages that are there, "finetuned-fold3" included."""
+        found = [p for p in self.path.glob("*") if p.is_dir()]
+        return sorted(p for p in found if p.name.partition("-fold")[0] in STAGES)
+
+    def stage(self, name: str) -> RunFolder:
+        """Folder of one of a run's stages, with metrics and checkpoints of its own."""
+        return RunFolder(self.path / name)
+
+
+def folder_of(config: RunConfig) -> RunFolder:
     """Return the run folder that a configuration names; nothing is made."""
     name = config.name
     if name == "auto":
-        data = "mnist-sample" if config.data == "sample" else "mnist"
-        name = f"semisup-{data}-seed{config.seed}"
+        data = config.dataset if config.dataset != "auto" else Path(config.data).resolve().name
+        data = "mnist-sample" if config.data == "sample" else data
+        name = f"{config.recipe}-{data}-seed{config.seed}"
     return RunFolder(config.out_dir / name)
 
 
-def open_run(config: SemisupConfig) -> tuple[RunFolder, SemisupConfig]:
+def open_run(config: Config) -> tuple[RunFolder, Config]:
     """Make the run folder, or check that the run in it can be continued.
 
     Args:
@@ -88,14 +133,14 @@ def open_run(config: SemisupConfig) -> tuple[RunFolder, SemisupConfig]:
         ``steps`` stay where they were when ``steps`` grows.
 
     Raises:
-        ValueError: If the folder is in use and neither ``resume`` nor ``overwrite`` is given, if
-            its config.json does not say that it is a run of this recipe, or if the configuration
-            conflicts with the run to be continued.
-        FileNotFoundError: If there is nothing to resume.
+        ValueError: If the folder holds a run and neither ``resume`` nor ``overwrite`` is given, if
+            it holds something else, or if a resumed run was started otherwise.
+        FileNotFoundError: If there is no run to resume.
+        OSError: If the folder cannot be written.
     """
     run = folder_of(config)
     if config.resume:
-        return run, _resumed(config, read_config(run), run)
+        return run, _resumed(config, read_config(run, type(config)), run)
     if run.path.exists() and not run.path.is_dir():
         raise ValueError(f"{run.path}: is a file; wanted a folder for the run")
     if run.path.is_dir() and any(run.path.iterdir()):
@@ -109,35 +154,70 @@ def open_run(config: SemisupConfig) -> tuple[RunFolder, SemisupConfig]:
     run.path.mkdir(parents=True, exist_ok=True)
     started = dataclasses.replace(config, data=_absolute(config.data), lr_drops=config.drop_steps)
     fields = _saved_fields(started)
-    content = {"recipe": _RECIPE, "seed": config.seed, **_environment(), "config": fields}
+    content = {"recipe": config.recipe, "seed": config.seed, **_environment(), "config": fields}
     _write_json(run.config, content)
     return run, started
 
 
-def read_config(run: RunFolder) -> SemisupConfig:
+def read_config(run: RunFolder, kind: type[Config]) -> Config:
     """Read back the configuration of the run in a folder, as one that resumes it.
+
+    Raises:
+        FileNotFoundError: If there is no run.
+        ValueError: If its config.json is damaged, or of another recipe or version.
+    """
+    if not run.config.is_file():
+        raise FileNotFoundError(f"{run.config}: no such file; there is no run to resume")
+    try:
+        content = json.loads(run.config.read_text("utf-8"))
+        saved, recipe = content["config"], content.get("recipe", kind.recipe)
+        saved["lr_drops"] = tuple(saved["lr_drops"])
+        if recipe == kind.recipe:
+            place = {"out_dir": run.path.parent, "name": run.path.name}
+            return kind(**saved, **place, resume=True, overwrite=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{run.config}: not a configuration of this version ({error})") from error
+    raise ValueError(f"{run.config}: a run of train {recipe}, not of train {kind.recipe}")
+
+
+def read_run(path: Path) -> tuple[RunFolder, RunConfig]:
+    """Find the run in a folder, whatever its recipe.
 
     Raises:
         FileNotFoundError: If there is no run.
         ValueError: If its config.json is damaged or of another version.
     """
+    run = RunFolder(path)
     if not run.config.is_file():
-        raise FileNotFoundError(f"{run.config}: no such file; there is no run to resume")
+        raise FileNotFoundError(f"{run.config}: no such file; wanted the folder of a run")
     try:
-        saved = json.loads(run.config.read_text("utf-8"))["config"]
-        saved["lr_drops"] = tuple(saved["lr_drops"])
-        return SemisupConfig(
-            **saved, out_dir=run.path.parent, name=run.path.name, resume=True, overwrite=False
-        )
+        recipe = json.loads(run.config.read_text("utf-8"))["recipe"]
+        kind = RECIPES[recipe]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run.config}: not a configuration of this version ({error})") from error
+    return run, read_config(run, kind)
 
 
-def note_resumption(run: RunFolder, config: SemisupConfig, step: int) -> None:
+def write_results(run: RunFolder, step: int, figures: Sequence[Any]) -> None:
+    """Write what the run came to: dataclasses of figures, each with its protocol."""
+    content = [dataclasses.asdict(figure) for figure in figures]
+    _write_json(run.results, {"step": step, "figures": content})
+
+
+def save_embeddings(path: Path, **arrays: Tensor) -> None:
+    """Write tensors as an .npz file, in one move."""
+    file = io.BytesIO()
+    contents: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+    np.savez(file, **contents)
+    write_atomically(path, file.getvalue())
+
+
+def note_resumption(run: RunFolder, config: RunConfig, step: int, stage: str = "") -> None:
     """Record in config.json that the run was continued, from where and by which versions."""
     content = json.loads(run.config.read_text("utf-8"))
     content["config"] = _saved_fields(config)
-    content.setdefault("resumed", []).append({"from_step": step, **_environment()})
+    place = {"stage": stage} if stage else {}
+    content.setdefault("resumed", []).append({**place, "from_step": step, **_environment()})
     _write_json(run.config, content)
 
 
@@ -191,16 +271,19 @@ def rewind_metrics(run: RunFolder, step: int) -> None:
     write_atomically(run.metrics, "".join(lines).encode("utf-8"))
 
 
-def _resumed(config: SemisupConfig, saved: SemisupConfig, run: RunFolder) -> SemisupConfig:
+def _resumed(config: Config, saved: Config, run: RunFolder) -> Config:
     config = dataclasses.replace(
         config, data=_absolute(config.data), lr_drops=config.lr_drops or saved.lr_drops
     )
-    for field in dataclasses.fields(SemisupConfig):
+    for field in dataclasses.fields(config):
         asked, was = getattr(config, field.name), getattr(saved, field.name)
-        if field.name in RUN_FIELDS or asked == was or (field.name == "steps" and asked > was):
+        grown = field.name == "steps" and asked > was and config.schedule != "cosine"
+        if field.name in RUN_FIELDS or asked == was or grown:
             continue
         flag = "--" + field.name.replace("_", "-")
-        hint = "it can only grow" if field.name == "steps" else "start another run for that"
+        hint = "start another run for that"
+        if field.name == "steps" and config.schedule != "cosine":
+            hint = "it can only grow"
         raise ValueError(f"{run.path}: was started with {flag} {was}, not {asked}; {hint}")
     return config
 
@@ -220,7 +303,7 @@ def _require_run(run: RunFolder) -> None:
                 f"{run.config}: damaged ({error}), so whose folder it is cannot be told; "
                 "remove the folder by hand or choose another --name"
             ) from error
-    if not isinstance(content, dict) or content.get("recipe") != _RECIPE:
+    if not isinstance(content, dict) or content.get("recipe") not in RECIPES:
         raise ValueError(
             f"{run.path}: the folder exists and is not a run of this command; "
             "choose another --name or --out-dir"
@@ -229,12 +312,14 @@ def _require_run(run: RunFolder) -> None:
 
 def _clear(run: RunFolder) -> None:
     """Remove what a run wrote and nothing else; config.json stays until it is replaced."""
-    remove_checkpoints(run.checkpoints)
-    for path in (run.metrics, run.embeddings, run.curve, run.embedding):
-        path.unlink(missing_ok=True)
+    for folder in (run, *(RunFolder(path) for path in run.stages)):
+        remove_checkpoints(folder.checkpoints)
+        files = (folder.metrics, folder.results, folder.embeddings)
+        for path in (*files, folder.curve, folder.embedding, folder.confusion, folder.neighbours):
+            path.unlink(missing_ok=True)
 
 
-def _saved_fields(config: SemisupConfig) -> dict[str, Any]:
+def _saved_fields(config: RunConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     for name in ("out_dir", "name", "resume", "overwrite"):  # where the folder is, not what it is
         del fields[name]

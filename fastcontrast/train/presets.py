@@ -1,0 +1,112 @@
+"""The papers' settings, one frozen configuration per paper and data set; chosen by ``--preset``.
+
+``-paper`` is what a paper states, ``-code`` what its authors' released code does where that
+differs. Which fact comes from where, and which are not certain, is in docs/reproduction.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from fastcontrast.train.config import RunConfig, SemisupConfig, SpatialConfig, TripletConfig
+
+# 640,000 triplets an epoch in batches of 128; 30 epochs; the rate falls by the held-out triplet
+# error, which is taken once an epoch.
+_TRIPLET = TripletConfig(
+    loss="mse",
+    dropout=0.5,
+    normalise="global",
+    steps=150_000,
+    batch_size=128,
+    learning_rate=0.5,
+    momentum=0.9,
+    dampening=0.9,
+    weight_decay=1e-4,
+    schedule="plateau",
+    patience=3,
+    eval_every=5_000,
+    log_every=500,
+)
+_TRIPLET_CODE = replace(
+    _TRIPLET, dropout=0.25, learning_rate=0.1, schedule="constant", lr_decay=1e-6
+)
+TRIPLET = {
+    **{f"{name}-paper": replace(_TRIPLET, dataset=name, network=net) for name, net in (
+        ("mnist", "mnist"), ("cifar10", "cifar10"), ("svhn", "cifar10"), ("stl10", "stl10"))},
+    **{f"{name}-code": replace(_TRIPLET_CODE, dataset=name, network=net) for name, net in (
+        ("mnist", "mnist"), ("cifar10", "cifar10"), ("svhn", "cifar10"), ("stl10", "stl10"))},
+    "mnist-siamese": replace(_TRIPLET, dataset="mnist", network="mnist", loss="siamese"),
+}  # fmt: skip
+
+# Batch size, momentum, weight decay, epochs and shifts are not in the paper: these are the
+# defaults to sweep. An evaluation an epoch; steps are upper limits, plateaus end a stage.
+_SPATIAL = SpatialConfig(
+    patches="features",
+    patch_size=1,
+    batch_size=128,
+    momentum=0.9,
+    weight_decay=1e-4,
+    pretraining_learning_rate=0.1,
+    learning_rate=0.01,
+    schedule="plateau",
+    patience=5,
+    plateau_drops=3,
+    mirror=True,
+    log_every=100,
+)
+SPATIAL = {
+    "stl10-paper": replace(
+        _SPATIAL, dataset="stl10", network="stl10", shift=12, labels_per_class=0,
+        pretraining_steps=82_000, steps=7_800, eval_every=820,
+    ),
+    "stl10-folds": replace(
+        _SPATIAL, dataset="stl10", network="stl10", shift=12, labels_per_class=0,
+        protocol="folds", pretraining_steps=82_000, steps=1_600, eval_every=820,
+    ),
+    "cifar10-paper": replace(
+        _SPATIAL, dataset="cifar10", network="cifar10", shift=4, labels_per_class=400,
+        pretraining_steps=39_000, steps=6_200, eval_every=390,
+    ),
+    "mnist-paper": replace(
+        _SPATIAL, dataset="mnist", network="mnist", shift=2, mirror=False, labels_per_class=0,
+        pretraining_steps=46_800, steps=46_800, eval_every=468,
+    ),
+}  # fmt: skip
+
+# 90 epochs of ceil(59,900 / 32) and ceil(46,000 / 32) steps, a tenth of the rate after 30 and 60.
+_SEMISUP = SemisupConfig(
+    batches="paper",
+    squared=True,
+    normalise="bytes",
+    batch_size=32,
+    momentum=0.9,
+    nesterov=True,
+    weight_decay=1e-4,
+    learning_rate=0.1,
+    schedule="step",
+    log_every=200,
+)
+_SEMISUP_CODE = replace(_SEMISUP, batches="code", squared=False)
+_MNIST_EPOCH, _CIFAR_EPOCH = 1_872, 1_438
+
+
+def _epochs(config: SemisupConfig, epoch: int) -> SemisupConfig:
+    drops = (30 * epoch, 60 * epoch)
+    return replace(config, steps=90 * epoch, lr_drops=drops, eval_every=epoch)
+
+
+SEMISUP = {
+    **{f"mnist-{name}": _epochs(
+        replace(config, dataset="mnist", network="mnist", labels_per_class=10), _MNIST_EPOCH)
+       for name, config in (("paper", _SEMISUP), ("code", _SEMISUP_CODE))},
+    **{f"cifar10-{name}": _epochs(
+        replace(config, dataset="cifar10", network="cifar10", labels_per_class=400), _CIFAR_EPOCH)
+       for name, config in (("paper", _SEMISUP), ("code", _SEMISUP_CODE))},
+}  # fmt: skip
+
+PRESETS: dict[str, Mapping[str, RunConfig]] = {
+    "triplet": TRIPLET,
+    "spatial": SPATIAL,
+    "semisup": SEMISUP,
+}
