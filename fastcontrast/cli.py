@@ -20,6 +20,9 @@ Contrastive and metric losses on distances, for PyTorch.
 
 commands:
   train RECIPE    learn an embedding: triplet, spatial or semisup; its --help lists the flags
+  eval RUN        linear layer, SVM and nearest neighbours on a run's frozen embeddings
+  embed RUN       write a run's embeddings to an .npz file
+  plot RUN        draw a run's pictures again
   data verify     what data set lies in a folder, and whether its files are as published
   doctor          what is installed, which backend runs which op, and what is missing
 
@@ -35,6 +38,8 @@ TRAIN_HELP = """\
 usage: fastcontrast train RECIPE [flags]
 
 recipes:
+  triplet   triplet network: two images of one class against one of another
+  spatial   spatial contrasting: patches without labels first, then few labels
   semisup   semi-supervised metric embedding: a few labels, the other images without
 
 Each recipe's --help lists its flags and presets. Without --data they train on the images of MNIST
@@ -45,6 +50,21 @@ DOCTOR_HELP = """\
 usage: fastcontrast doctor
 
 Show what is installed, which backend runs which op, and what is missing.
+"""
+
+RUN_HELP = """\
+usage: fastcontrast eval RUN [--checkpoint last|best] [--device auto|cpu|cuda]
+       fastcontrast embed RUN --out FILE.npz [--checkpoint last|best] [--device auto|cpu|cuda]
+       fastcontrast plot RUN [--method pca|tsne|umap]
+
+RUN is the folder of a run of fastcontrast train.
+
+eval    trains a linear layer and a linear SVM on the frozen embeddings of the images whose labels
+        the run had, lets nearest neighbours among them vote, and prints each test error with its
+        protocol
+embed   writes the embeddings of all training and test images with their labels
+plot    draws curves, embedding, confusion matrix and nearest neighbours from the run's files; tsne
+        needs openTSNE, umap needs umap-learn
 """
 
 DATA_HELP = """\
@@ -62,7 +82,7 @@ known layouts, in DIR or in the folder in which torchvision keeps them:
 """
 
 _TRAIN_PACKAGES = ("tyro", "rich", "matplotlib", "safetensors")
-RECIPES = ("semisup",)
+RECIPES = ("triplet", "spatial", "semisup")
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 
@@ -91,6 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _fail(f"--version: takes no arguments, got {other!r}")
             case ["doctor", *flags]:
                 return _doctor(flags)
+            case ["eval" | "embed" | "plot", *rest] if not rest or {"-h", "--help"} & {*rest}:
+                print(RUN_HELP, end="", file=sys.stdout if rest else sys.stderr)
+                return 0 if rest else _USAGE
+            case ["eval" | "embed" | "plot" as command, *rest]:
+                return _report(command, rest)
             case ["data", "verify", directory] if not directory.startswith("-"):
                 return _verify(directory)
             case ["data"]:
@@ -169,6 +194,64 @@ def _train(recipe: str, flags: list[str]) -> int:
     module.show(job, result)
     _print_written(recipe, job.run, result)
     return _INTERRUPTED if result.interrupted else 0
+
+
+def _report(command: str, arguments: list[str]) -> int:
+    """Run ``eval``, ``embed`` or ``plot`` on a finished run."""
+    missing = [name for name in _TRAIN_PACKAGES if not _importable(name)]
+    if missing:
+        return _fail(f'{command} needs {", ".join(missing)}: pip install "fastcontrast[train]"')
+    choices = {"--checkpoint": ("last", "best"), "--device": ("auto", "cpu", "cuda")}
+    if command == "embed":
+        choices["--out"] = ()
+    if command == "plot":
+        choices = {"--method": ("pca", "tsne", "umap")}
+    try:
+        run, options = _parse_report(command, arguments, choices)
+        from fastcontrast.train import reports
+        from fastcontrast.train.progress import print_figures
+
+        if command == "plot":
+            for path in reports.plot_finished(run, options.get("--method", "pca")):
+                print(path)
+            return 0
+        checkpoint, device = options.get("--checkpoint", "last"), options.get("--device", "auto")
+        loaded = reports.load_run(run, checkpoint, device)
+        if command == "eval":
+            title = f"Test error on {loaded.job.dataset.name}, weights of {loaded.source}:"
+            print_figures(reports.evaluate_run(loaded), title)
+        else:
+            for name, shape in reports.embed_run(loaded, Path(options["--out"])).items():
+                print(f"{name}: {' x '.join(map(str, shape))}")
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _parse_report(
+    command: str, arguments: list[str], choices: dict[str, tuple[str, ...]]
+) -> tuple[Path, dict[str, str]]:
+    run, options, rest = None, {}, list(arguments)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if not flag.startswith("-") and run is None:
+            run = Path(flag + equals + value)
+            continue
+        if flag not in choices:
+            raise ValueError(
+                f"{command}: does not take {flag!r}; see fastcontrast {command} --help"
+            )
+        if not equals and not rest:
+            raise ValueError(f"{command}: {flag} wants a value")
+        value = value if equals else rest.pop(0)
+        if choices[flag] and value not in choices[flag]:
+            raise ValueError(f"{command}: {flag} is {value!r}; wanted {' or '.join(choices[flag])}")
+        options[flag] = value
+    if run is None:
+        raise ValueError(f"{command}: wants the folder of a run")
+    if "--out" in choices and "--out" not in options:
+        raise ValueError(f"{command}: wants --out FILE.npz")
+    return run, options
 
 
 def _print_written(recipe: str, run: Any, result: Any) -> None:

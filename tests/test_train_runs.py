@@ -136,6 +136,18 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(config, monkeypatch)
     _assert_same_run(straight, whole)
 
 
+def test_every_form_of_a_step_trains(config):
+    """The code's batches, statistics of each stream apart, squares, another choice of labels."""
+    changes = (
+        {}, {"batches": "code"}, {"separate_norms": True}, {"squared": True}, {"label_seed": 5},
+    )  # fmt: skip
+    losses = set()
+    for number, change in enumerate(changes):
+        result = train_semisup(dataclasses.replace(config, name=str(number), steps=1, **change))
+        losses.add(read_metrics(result.run)[0]["loss"])
+    assert len(losses) == len(changes)
+
+
 @pytest.mark.parametrize("deleted", [False, True])
 def test_resuming_without_a_checkpoint_starts_over_and_says_so(config, capsys, deleted):
     if deleted:

@@ -51,7 +51,8 @@ class Pixels:
         Args:
             images: uint8 [N, C, H, W].
             index: Which of them, int64 [B]; None for all.
-            shift: Largest translation in pixels; what comes into view is the mean.
+            shift: Largest translation in pixels; what comes into view is the mean,
+                rounded to a byte.
             mirror: Whether to mirror every other image.
             seed: Of the translations.
             step: Of the translations.
@@ -64,7 +65,7 @@ class Pixels:
         if shift or mirror:
             return random_patches(
                 images, 1, (height, width), padding=shift,
-                padding_mode="constant" if shift else "error", fill=self.mean,
+                padding_mode="constant" if shift else "error", fill=round(self.mean),
                 hflip=0.5 if mirror else 0.0, mean=mean, std=std, index=index, seed=seed, step=step,
             ).data[:, 0]  # fmt: skip
         count = len(images) if index is None else len(index)

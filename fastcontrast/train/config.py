@@ -123,7 +123,7 @@ class RunConfig:
         """Steps after which the rate falls to a tenth, with the default filled in."""
         if self.schedule != "step":
             return ()
-        return self.lr_drops or tuple(sorted({math.ceil(self.steps * k / 4) for k in (2, 3)}))
+        return self.lr_drops or drops_of(self.steps)
 
     @property
     def rates(self) -> Schedule:
@@ -243,7 +243,10 @@ class SpatialConfig(RunConfig):
     symmetric: bool = False
     """Contrast in both directions; the paper's equation 4 has one."""
     pretraining_steps: int = 800
-    """Steps of spatial contrasting. 0: none, with no baseline beside it."""
+    """Steps of spatial contrasting. 0: none, and then no baseline either."""
+    pretraining_eval_every: int = 0
+    """Steps between checkpoints of spatial contrasting, at which a plateau is looked for. 0: as
+    --eval-every, which is then for fine-tuning alone."""
     pretraining_learning_rate: float = 0.1
     """Initial rate of spatial contrasting."""
     labels_per_class: int = 10
@@ -266,7 +269,9 @@ class SpatialConfig(RunConfig):
     batch_size: int = 64
     """Images in a step; in spatial contrasting also the number of contrasted patches."""
     learning_rate: float = 0.01
-    """Initial rate of fine-tuning, and of the baseline 0.1 if that is more."""
+    """Initial rate of fine-tuning."""
+    baseline_learning_rate: float = 0.1
+    """Initial rate of the network that starts from random weights."""
     schedule: Literal["step", "cosine", "plateau", "constant"] = "cosine"
     eval_every: int = 100
 
@@ -274,8 +279,17 @@ class SpatialConfig(RunConfig):
         """Raise ValueError that names the first field whose value is unusable."""
         super().check()
         at_least(self, 1, "patch_size")
-        at_least(self, 0, "pretraining_steps", "labels_per_class", "shift", "min_offset")
-        require(self.pretraining_learning_rate > 0, self, "pretraining_learning_rate", "above 0")
+        at_least(
+            self,
+            0,
+            "pretraining_steps",
+            "pretraining_eval_every",
+            "labels_per_class",
+            "shift",
+            "min_offset",
+        )
+        for field in ("pretraining_learning_rate", "baseline_learning_rate"):
+            require(0 < getattr(self, field) < math.inf, self, field, "above 0")
         require(0 <= self.head_dropout < 1, self, "head_dropout", "0 or more, below 1")
         require(0 <= self.slope < 1, self, "slope", "0 or more, below 1")
         require(self.batch_size > 1, self, "batch_size", "2 or more: images to contrast")
@@ -288,6 +302,11 @@ RUN_FIELDS = frozenset(
         *("compile", "log_every", "eval_every"),
     )
 )
+
+
+def drops_of(steps: int) -> tuple[int, ...]:
+    """Where the rate of a run of this many steps falls, if nothing else is said."""
+    return tuple(sorted({math.ceil(steps * k / 4) for k in (2, 3)}))
 
 
 def at_least(config: RunConfig, least: float, *fields: str) -> None:

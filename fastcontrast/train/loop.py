@@ -50,13 +50,17 @@ class Progress(Protocol):
         """Show what was just written to the metrics."""
 
 
+def run_network(network: Callable[..., Any], images: Tensor) -> Tensor:
+    """One pass over all images."""
+    return network(images)
+
+
 @dataclass(frozen=True)
 class Task(Generic[Targets]):
     """What a recipe hands to the loop: everything that differs between the papers.
 
     Attributes:
         batch_at: The batch of the step that follows this many finished ones.
-        forward: The network's outputs for a batch's images.
         loss: From outputs and targets, the scalar to minimise and its parts to be logged, [P].
         part_names: Names of the parts, in their order; the first is ``"loss"``.
         images_per_step: How many images a batch has.
@@ -66,10 +70,10 @@ class Task(Generic[Targets]):
         watch: The figure, of the evaluation or ``"interval_loss"`` (the mean loss since the
             evaluation before), that the plateau schedule goes by; lower is better.
         keep_best: Whether the checkpoint with the lowest watched figure is kept beside the last.
+        forward: The network's outputs for a batch's images, if it is not one pass over all.
     """
 
     batch_at: Callable[[int], Batch[Targets]]
-    forward: Callable[[Callable[..., Any], Tensor], Tensor]
     loss: Callable[[Tensor, Targets], tuple[Tensor, Tensor]]
     part_names: tuple[str, ...]
     images_per_step: int
@@ -78,6 +82,7 @@ class Task(Generic[Targets]):
     steps: int
     watch: str = "interval_loss"
     keep_best: bool = False
+    forward: Callable[[Callable[..., Any], Tensor], Tensor] = run_network
 
 
 def train_step(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from fastcontrast.train.clock import PARTS
@@ -20,6 +21,7 @@ LABELS = {
     **{f"error_{k}nn": f"{k}-NN test error" for k in (1, 3, 5)},
     "error_triplets": "test triplets in error",
     "error_held_out": "held-out triplets in error",
+    "error_train": "training triplets in error",
     "error_test": "test error",
 }
 
@@ -44,6 +46,47 @@ def show_progress(steps: int, done: int) -> Iterator[Progress]:
         progress.TimeRemainingColumn(),
     ) as bar:
         yield _Bar(bar, bar.add_task("", total=steps, completed=done, figures=""), steps)
+
+
+@contextmanager
+def tensorboard(progress: Progress, folder: Path, done: int) -> Iterator[Progress]:
+    """Also write every figure for TensorBoard, if it is installed.
+
+    Args:
+        progress: Is told as before.
+        folder: Where the event files go.
+        done: Steps finished before; what an earlier attempt wrote beyond them is hidden.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        SummaryWriter = None
+    if SummaryWriter is None:  # outside of the except: what fails inside is no import's fault
+        yield progress
+        return
+    writer = SummaryWriter(str(folder), purge_step=done)
+    try:
+        yield _Board(progress, writer)
+    finally:
+        writer.close()
+
+
+class _Board:
+    """Hands on what it is told, and writes figures to TensorBoard."""
+
+    def __init__(self, progress: Progress, writer: Any):
+        self._progress, self._writer = progress, writer
+
+    def advance(self, step: int) -> None:
+        """Hand on."""
+        self._progress.advance(step)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Hand on, and write the figures."""
+        self._progress.record(record)
+        figures = {**record, **record.get("speed", {})}
+        for name in figures.keys() - {"step", "speed"}:
+            self._writer.add_scalar(name, figures[name], record["step"])
 
 
 class _Lines:

@@ -94,6 +94,11 @@ class RunFolder:
         return self.path / "neighbours.png"
 
     @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files, if it is installed."""
+        return self.path / "tensorboard"
+
+    @property
     def written(self) -> tuple[Path, ...]:
         """All that a run may leave, in the order in which it is shown."""
         files = (self.config, self.metrics, self.results, *self.stages, self.checkpoints)
@@ -317,6 +322,8 @@ def _clear(run: RunFolder) -> None:
         files = (folder.metrics, folder.results, folder.embeddings)
         for path in (*files, folder.curve, folder.embedding, folder.confusion, folder.neighbours):
             path.unlink(missing_ok=True)
+        for path in folder.tensorboard.glob("events.out.tfevents.*"):
+            path.unlink()
 
 
 def _saved_fields(config: RunConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
@@ -26,10 +26,11 @@ from fastcontrast.train.checkpoints import (
 )
 from fastcontrast.train.loop import Task, fit, stop_on_signal
 from fastcontrast.train.models import network_for
-from fastcontrast.train.progress import show_progress
+from fastcontrast.train.progress import show_progress, tensorboard
 from fastcontrast.train.runs import (
     Config,
     RunFolder,
+    folder_of,
     note_resumption,
     open_run,
     rewind_metrics,
@@ -107,11 +108,18 @@ def prepare(
     network = network_for(images) if config.network == "auto" else config.network
     _check_size(make, network, images)
     pixels = pixels_of(images, config.normalise)
-    if open_folder:
-        run, config = open_run(config)
-    else:
-        run = RunFolder(config.out_dir / config.name)
-    return Job(config, run, dataset, device, pixels, network)
+    job = Job(config, folder_of(config), dataset, device, pixels, network)
+    return open_job(job) if open_folder else job
+
+
+def open_job(job: Job[Config]) -> Job[Config]:
+    """Make the job's run folder, or check that the run in it can be continued.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: See :func:`fastcontrast.train.runs.open_run`.
+    """
+    run, config = open_run(job.config)
+    return replace(job, run=run, config=config)
 
 
 @contextmanager
@@ -137,6 +145,7 @@ def run_stage(
     task: Task[Any],
     should_stop: Callable[[], bool],
     announcement: str,
+    eval_every: int = 0,
 ) -> Trained:
     """Train a network to the end of a task, from its checkpoint if the job is resumed.
 
@@ -147,6 +156,7 @@ def run_stage(
         task: What to train on, towards what.
         should_stop: Asked after every step.
         announcement: One line to print first.
+        eval_every: Steps between evaluations, if they are not the configuration's.
 
     Returns:
         What it came to.
@@ -183,7 +193,10 @@ def run_stage(
     runner = model
     if config.compile != "off":
         runner = torch.compile(model, mode=config.compile)
-    with show_progress(task.steps, state.step) as progress:
+    with (
+        show_progress(task.steps, state.step) as shown,
+        tensorboard(shown, run.tensorboard, state.step) as progress,
+    ):
         state = fit(
             model,
             optimizer,
@@ -191,7 +204,7 @@ def run_stage(
             task,
             run=run,
             log_every=config.log_every,
-            eval_every=config.eval_every,
+            eval_every=eval_every or config.eval_every,
             progress=progress,
             should_stop=should_stop,
             runner=runner,
