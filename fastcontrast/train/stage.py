@@ -167,8 +167,7 @@ def run_stage(
         ValueError: If the checkpoint or the metrics to resume from are damaged.
     """
     config, device = job.config, job.device
-    model = model.to(device)
-    nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)  # faster, same values
+    place(model, device)
     average = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else None
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -214,6 +213,12 @@ def run_stage(
         )
     ended = state.step >= task.steps or task.schedule.is_over(state.watched)
     return Trained(model if average is None else average, state.step, not ended)
+
+
+def place(model: nn.Module, device: torch.device) -> None:
+    """Bring a network to a device in place, with its convolutions laid out as they run fastest."""
+    model.to(device)
+    nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
 
 
 def load_initial_weights(path: str, model: nn.Module, stage: str = "") -> None:
