@@ -178,7 +178,9 @@ def run_stage(
         nesterov=config.nesterov,
     )
     state = TrainingState.fresh(len(task.part_names), device)
-    if config.resume:
+    begun = run.path.is_dir()  # a stage that was not reached has no folder yet
+    run.path.mkdir(exist_ok=True)
+    if config.resume and begun:
         checkpoint = latest_checkpoint(run.checkpoints)
         if checkpoint:
             state = load_checkpoint(checkpoint, model, optimizer, device, average)
@@ -187,7 +189,6 @@ def run_stage(
             announcement += f"\nno checkpoint in {run.checkpoints}: starting over from step 0"
         rewind_metrics(run, state.step)
         note_resumption(job.run, config, state.step, "" if run == job.run else run.path.name)
-    run.path.mkdir(exist_ok=True)
     print(announcement, flush=True)
     runner = model
     if config.compile != "off":
