@@ -91,7 +91,11 @@ def test_stopped_in_any_stage_and_resumed_equals_straight(config, monkeypatch, s
 def test_both_networks_start_from_the_same_weights(config):
     """Nothing but spatial contrasting distinguishes them: at rate 0, not even that."""
     config = dataclasses.replace(
-        config, pretraining_learning_rate=1e-30, baseline_learning_rate=0.01, weight_decay=0.0
+        config,
+        pretraining_learning_rate=1e-30,
+        learning_rate=0.01,
+        baseline_learning_rate=0.01,
+        weight_decay=0.0,
     )
     result = train_spatial(config)
     losses = [

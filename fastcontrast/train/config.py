@@ -268,8 +268,8 @@ class SpatialConfig(RunConfig):
     """Steps of fine-tuning."""
     batch_size: int = 64
     """Images in a step; in spatial contrasting also the number of contrasted patches."""
-    learning_rate: float = 0.01
-    """Initial rate of fine-tuning."""
+    learning_rate: float = 0.1
+    """Initial rate of fine-tuning. The paper's 0.01 is too low for a short run."""
     baseline_learning_rate: float = 0.1
     """Initial rate of the network that starts from random weights."""
     schedule: Literal["step", "cosine", "plateau", "constant"] = "cosine"

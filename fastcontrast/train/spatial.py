@@ -173,15 +173,18 @@ def train(job: stage.Job[SpatialConfig]) -> Result:
     figures: list[Figure] = []
     with stage.session(job) as should_stop:
         trunk = build_trunk(config, job.network, job.channels)
+        initial = copy.deepcopy(trunk)
         if config.init_from and not config.resume:
             stage.load_initial_weights(config.init_from, trunk, "pretraining")
-        initial = copy.deepcopy(trunk)
         ended = stage.Trained(trunk, 0, False)
         if config.pretraining_steps:
             ended = pretrain(job, trunk, should_stop)
         subsets = labelled_subsets(config, dataset)
         if not ended.interrupted:
-            figures += _probe(job, ended.model, "spatial contrasting", subsets)
+            given = (
+                "spatial contrasting" if config.pretraining_steps else "the weights it began with"
+            )
+            figures += _probe(job, ended.model, given, subsets)
             if config.pretraining_steps:
                 figures += _probe(job, initial, "no initialisation", subsets)
         starts = [("finetuned", ended.model, config.learning_rate)]
@@ -385,10 +388,11 @@ def _probe(
 
 
 def _figure(job: stage.Job[SpatialConfig], name: str, errors: list[float], labels: int) -> Figure:
-    contrasted = name == "finetuned" and job.config.pretraining_steps
     title = "same network, no initialisation"
-    if contrasted:
+    if name == "finetuned" and job.config.pretraining_steps:
         title = "fine-tuned after spatial contrasting"
+    elif job.config.init_from:
+        title = "fine-tuned from the weights given"
     protocol = f"whole network, {labels:,} labels, after the last step{_spread(errors)}"
     return Figure(title, float(np.mean(errors)), protocol)
 
