@@ -23,6 +23,13 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def memory(field: str) -> int:
+    """Bytes of main memory: "MemTotal", or "MemAvailable" without swapping; 0 where unknown."""
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return next((int(x.split()[1]) << 10 for x in lines if x.startswith(field + ":")), 0)
+
+
 def commit() -> str:
     """Commit of the checkout, with "+" when the package's files differ from it."""
     here = Path(__file__).resolve().parent
@@ -43,6 +50,7 @@ def commit() -> str:
 def describe() -> dict[str, Any]:
     """Machine, versions, commit and date."""
     info = native.build_info()
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor_name(),
@@ -50,7 +58,9 @@ def describe() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "instruction_set": info.get("active_isa"),
         "bf16_unit": info.get("active_bf16_unit"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu.name if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "memory_bytes": gpu.total_memory if gpu else memory("MemTotal"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),

@@ -1,7 +1,8 @@
 """One command for a machine with a GPU: ``make gpu``.
 
 ``python -m benchmarks.gpu_gate [FOLDER]`` builds the native module with nvcc, runs the conformance
-suite and the GPU tests on the device, the timings, and compute-sanitizer on small cases, within
+suite and the GPU tests on the device, the timings, compute-sanitizer on small cases, and what fits
+of the benchmark (benchmarks/suite.py; its page is in FOLDER/bench), within
 nine minutes and without a package registry. Results go to FOLDER/gpu_gate.json (default:
 build/gpu_gate) after every step, so that a run that is cut short leaves what it had. Needs torch
 with CUDA, nvcc, CMake, pybind11, pytest and hypothesis. The exit status is 0 where every step
@@ -24,6 +25,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 520  # seconds in all, under nine minutes with what starts and ends the process
+LAST_CASE = 45  # seconds that the benchmark's last case and its report may take
 TAIL = 4000  # characters of a step's output that are kept
 # A small case of each kernel in every dtype, for the sanitizers, which make kernels 10 to 100
 # times slower; the conformance suite has the rest.
@@ -181,6 +183,21 @@ def sanitize(gate: Gate, tool: str) -> bool:
     return step["ok"]
 
 
+def bench(gate: Gate) -> bool:
+    """The benchmark's quick cases in the time that is left; its record is written as it goes."""
+    seconds = gate.left() - LAST_CASE
+    flags = ["--quick", "--device", "cuda", "--seconds", f"{seconds:.0f}"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.suite",
+        *flags,
+        "--out",
+        str(gate.folder / "bench"),
+    ]
+    return gate.run("bench", command, gate.left())
+
+
 def main() -> int:
     """Run the steps in the order of what they tell."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "gpu_gate"
@@ -198,6 +215,7 @@ def main() -> int:
     ok &= gate.run("timings", timings, 100)
     ok &= sanitize(gate, "memcheck")
     ok &= sanitize(gate, "racecheck")
+    ok &= bench(gate)
     print(f"{'passed' if ok else 'FAILED'} in {BUDGET - gate.left():.0f} s: {gate.folder}")
     return 0 if ok else 1
 

@@ -114,7 +114,7 @@ def errors(metric: str, x: Tensor, y: Tensor, temperature: float) -> dict[str, l
 
 
 def measure() -> dict[str, Any]:
-    """Errors of both series."""
+    """Errors of both series, on CPU."""
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(ROWS, DIM, generator=generator)
     noise = torch.randn(ROWS, DIM, generator=generator)
@@ -131,26 +131,31 @@ def measure() -> dict[str, Any]:
     }
 
 
+def draw_errors(axes: Any, series: dict[str, Any], what: str, label: str) -> None:
+    """Errors of the "loss" or the "gradient" over a series, on logarithmic axes."""
+    column = ("loss", "gradient").index(what)
+    for name, (color, marker, line) in STYLES.items():
+        if name not in series["errors"][0]:
+            continue
+        values = [max(e[name][column], 1e-9) for e in series["errors"]]
+        values = [v if v == v else float("inf") for v in values]
+        axes.plot(
+            series["values"], values, color=color, marker=marker, linestyle=line, label=name,
+            markersize=5, zorder=3 if name == "fastcontrast" else 2,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel=f"relative error of the {what}")
+    axes.axhline(1.0, color="#8a8a8a", linewidth=0.8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def draw(series: dict[str, Any], label: str, title: str, path: Path) -> None:
-    """Loss and gradient errors side by side, on logarithmic axes."""
+    """Loss and gradient errors side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for column, what in enumerate(("loss", "gradient")):
-        axes = figure.add_subplot(1, 2, column + 1)
-        for name, (color, marker, line) in STYLES.items():
-            if name not in series["errors"][0]:
-                continue
-            values = [max(e[name][column], 1e-9) for e in series["errors"]]
-            values = [v if v == v else float("inf") for v in values]
-            axes.plot(
-                series["values"], values, color=color, marker=marker, linestyle=line, label=name,
-                markersize=5, zorder=3 if name == "fastcontrast" else 2,
-            )  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel=f"relative error of the {what}")
-        axes.axhline(1.0, color="#8a8a8a", linewidth=0.8)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        draw_errors(figure.add_subplot(1, 2, column + 1), series, what, label)
     figure.axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)

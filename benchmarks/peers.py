@@ -1,113 +1,326 @@
-"""Losses of other libraries that do the same job as `info_nce_loss`, one adapter each.
+"""Losses of other libraries that do the same jobs as ours, one adapter each.
 
-An adapter takes points x, y and the column of each row's positive, and imports its library when it
-is made; ``available`` says which can be, and why the others cannot.
+An adapter takes a `Task` and returns a loss of points x and y; it imports its library when it is
+made. Row i's positive is column i; with "labels" the columns of its class are. Whether an adapter
+computes the job is not taken on trust: loss_cases.py sets each against float64 before it is timed.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from importlib import metadata
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+import fastcontrast
+from benchmarks import loss_libraries
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 CHECKPOINT_ROWS = 1024
+ROWS_PER_CLASS = 4
+KEOPS_ROWS = 4096  # beyond, its CPU backend takes minutes
 
 
-def eager(metric: str) -> Loss:
-    def loss(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
-        if metric == "l2":
-            return F.cross_entropy(-torch.cdist(x, y), target)
-        if metric == "sqeuclidean":
-            scores = 2 * x @ y.T - x.square().sum(1, keepdim=True) - y.square().sum(1)
-            return F.cross_entropy(scores, target)
-        return F.cross_entropy(x @ y.T, target)
+class Task(NamedTuple):
+    """What is computed: see KINDS."""
+
+    kind: str
+    metric: str
+    precision: str = "auto"
+
+    @property
+    def temperature(self) -> float:
+        """Cosines are at most 1, and need one to tell rows apart."""
+        return 0.1 if self.metric == "cosine" else 1.0
+
+
+KINDS = {
+    "one direction": "cross-entropy of each row over all columns",
+    "symmetric": "the mean of rows over columns and columns over rows",
+    "two views": "SimCLR: 2M rows against the 2M - 1 others",
+    "labels": f"supervised contrastive, {ROWS_PER_CLASS} rows to a class",
+    "entropy": "cross-entropy plus the entropy of each row",
+}
+
+
+def class_ids(rows: int, device: torch.device) -> Tensor:
+    """Class of each row: as many rows to each class, one class where there are few rows."""
+    return torch.arange(rows, device=device) % max(rows // ROWS_PER_CLASS, 1)
+
+
+def scores(metric: str, x: Tensor, y: Tensor) -> Tensor:
+    """The M×N matrix, as PyTorch's users write it."""
+    if metric == "l2":
+        return -torch.cdist(x, y)
+    if metric == "sqeuclidean":
+        return 2 * x @ y.T - x.square().sum(1, keepdim=True) - y.square().sum(1)
+    if metric == "cosine":
+        x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    return x @ y.T
+
+
+def of_scores(kind: str, s: Tensor) -> Tensor:
+    """The loss of a matrix of scaled scores."""
+    rows = torch.arange(len(s), device=s.device)
+    if kind == "two views":
+        s = s.masked_fill(torch.eye(len(s), dtype=torch.bool, device=s.device), -torch.inf)
+        return F.cross_entropy(s, rows.roll(len(s) // 2))
+    if kind == "symmetric":
+        return (F.cross_entropy(s, rows) + F.cross_entropy(s.T, rows)) / 2
+    log_p = s.log_softmax(1)
+    if kind == "labels":
+        ids = class_ids(len(s), s.device)
+        same = (ids[:, None] == ids).to(s.dtype)
+        return -((log_p * same).sum(1) / same.sum(1)).mean()
+    if kind == "entropy":
+        return F.nll_loss(log_p, rows) - (log_p.exp() * log_p).sum(1).mean()
+    return F.cross_entropy(s, rows)
+
+
+def eager(task: Task) -> Loss:
+    """PyTorch as one writes it."""
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        if task.kind == "two views":
+            x = y = torch.cat([x, y])
+        return of_scores(task.kind, scores(task.metric, x, y) / task.temperature)
 
     return loss
 
 
-def compiled(metric: str) -> Loss:
-    return torch.compile(eager(metric))
+def ours(task: Task) -> Loss:
+    """The project's own."""
+    options: Any = {"metric": task.metric, "precision": task.precision}
+    if task.kind == "entropy":
+
+        def with_entropy(x: Tensor, y: Tensor) -> Tensor:
+            out = fastcontrast.distance_softmax(x, y, scale=1 / task.temperature, **options)
+            positive = (x.float() * y.float()).sum(1) / task.temperature
+            return (out.lse - positive + out.entropy).mean()
+
+        return with_entropy
+    options["temperature"] = task.temperature
+    if task.kind == "two views":
+        return partial(fastcontrast.nt_xent_loss, **options)
+    if task.kind == "labels":
+
+        def supcon(x: Tensor, y: Tensor) -> Tensor:
+            ids = class_ids(len(x), x.device)
+            return fastcontrast.supcon_loss(x, ids, y, ids, **options)
+
+        return supcon
+    return partial(fastcontrast.info_nce_loss, symmetric=task.kind == "symmetric", **options)
 
 
-def chunked(metric: str) -> Loss:
+def compiled(task: Task) -> Loss:
+    """`torch.compile` of the eager loss, for the shape at hand."""
+    return torch.compile(eager(task), dynamic=False)
+
+
+def checkpointed(task: Task) -> Loss:
+    """Eager by blocks of rows that the backward pass computes again."""
+
+    def part(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(scores(task.metric, x, y) / task.temperature, target)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        total = x.new_zeros(())
+        for rows in torch.arange(len(x), device=x.device).split(CHECKPOINT_ROWS):
+            block = x[int(rows[0]) : int(rows[-1]) + 1]
+            value: Any = checkpoint(part, block, y, rows, use_reentrant=False)
+            total = total + value * len(rows)
+        return total / len(x)
+
+    return loss
+
+
+def chunked(task: Task) -> Loss:
     """Torch's own chunked op, which takes dot products, and squared distances through a bias."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise ImportError(f"torch {torch.__version__} has no chunked linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
 
-    def loss(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
-        if metric == "dot":
-            return F.linear_cross_entropy(x, y, target, options=options)
-        bias = -y.square().sum(1)
-        return F.linear_cross_entropy(2 * x, y, target, linear_bias=bias, options=options)
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        rows = torch.arange(len(x), device=x.device)
+        if task.metric == "sqeuclidean":
+            bias = -y.square().sum(1) / task.temperature
+            x = x * (2 / task.temperature)
+            return F.linear_cross_entropy(x, y, rows, linear_bias=bias, options=options)
+        if task.metric == "cosine":
+            x, y = F.normalize(x, dim=1) / task.temperature, F.normalize(y, dim=1)
+        return F.linear_cross_entropy(x, y, rows, options=options)
 
     return loss
 
 
-def checkpointed(metric: str) -> Loss:
-    """Eager by blocks of rows that the backward pass computes again."""
-    part: Any = eager(metric)
-
-    def loss(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
-        total = x.new_zeros(())
-        for rows in torch.arange(x.shape[0]).split(CHECKPOINT_ROWS):
-            span = slice(int(rows[0]), int(rows[-1]) + 1)
-            value = checkpoint(part, x[span], y, target[span], use_reentrant=False)
-            total = total + value * len(rows)
-        return total / x.shape[0]
-
-    return loss
-
-
-def metric_learning(metric: str) -> Loss:
+def metric_learning(task: Task) -> Loss:
+    """NCALoss, or SupConLoss with labels; the keys' labels are an object of their own."""
     from pytorch_metric_learning import distances, losses
 
-    distance = distances.LpDistance(normalize_embeddings=False, power=1)
-    nca: Any = losses.NCALoss(softmax_scale=1, distance=distance)
-    return lambda x, y, target: nca(x, target, ref_emb=y, ref_labels=torch.arange(y.shape[0]))
+    distance: Any = distances.CosineSimilarity()
+    if task.metric == "l2":
+        distance = distances.LpDistance(normalize_embeddings=False, power=1)
+    if task.kind == "labels":
+        supcon: Any = losses.SupConLoss(temperature=task.temperature, distance=distance)
+
+        def labelled(x: Tensor, y: Tensor) -> Tensor:
+            ids = class_ids(len(x), x.device)
+            return supcon(x, ids, ref_emb=y, ref_labels=ids.clone())
+
+        return labelled
+    nca: Any = losses.NCALoss(softmax_scale=1 / task.temperature, distance=distance)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        rows = torch.arange(len(x), device=x.device)
+        return nca(x, rows, ref_emb=y, ref_labels=rows.clone())
+
+    return loss
 
 
-def liger(metric: str) -> Loss:
+def sentence_transformers(task: Task) -> Loss:
+    """MultipleNegativesRankingLoss of embeddings."""
+    losses: Any = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+    util: Any = importlib.import_module("sentence_transformers.util")
+    names = {"l2": "euclidean_sim", "cosine": "cos_sim", "dot": "dot_score"}
+    module = losses.MultipleNegativesRankingLoss(
+        torch.nn.Identity(),
+        scale=1 / task.temperature,
+        similarity_fct=getattr(util, names[task.metric]),
+    )
+    return lambda x, y: module.compute_loss_from_embeddings([x, y], torch.empty(0))
+
+
+def info_nce_pytorch(task: Task) -> Loss:
+    """Its function, which normalises."""
+    from info_nce import info_nce
+
+    return lambda x, y: info_nce(x, y, temperature=task.temperature)
+
+
+def open_clip(task: Task) -> Loss:
+    """ClipLoss, which takes normalised features and a scale."""
+    loss = loss_libraries.open_clip_loss().ClipLoss()
+    return lambda x, y: loss(F.normalize(x, dim=1), F.normalize(y, dim=1), 1 / task.temperature)
+
+
+def lightly(task: Task) -> Loss:
+    """NTXentLoss."""
+    return loss_libraries.lightly_loss().NTXentLoss(temperature=task.temperature)
+
+
+def liger(task: Task) -> Loss:
+    """The fused scaled cross-entropy with its entropy."""
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
         LigerFusedLinearScaledCrossEntropyFunction,
     )
 
     function: Any = LigerFusedLinearScaledCrossEntropyFunction
-    return lambda x, y, target: function.apply(x, y, target, 1.0, -100, 1, True)[0].mean()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        rows = torch.arange(len(x), device=x.device)
+        nll, entropy = function.apply(x, y, rows, task.temperature, -100, 1, True)
+        return nll.mean() + entropy.mean() if task.kind == "entropy" else nll.mean()
+
+    return loss
 
 
-def cut_cross_entropy(metric: str) -> Loss:
+def cut_cross_entropy(task: Task) -> Loss:
+    """On CPU the library's compiled fall-back, on CUDA its exact kernels."""
     from cut_cross_entropy import linear_cross_entropy
 
-    return lambda x, y, target: linear_cross_entropy(x, y, target, impl="torch_compile")
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        rows = torch.arange(len(x), device=x.device)
+        impl = "cce_exact" if x.is_cuda else "torch_compile"
+        return linear_cross_entropy(x / task.temperature, y, rows, impl=impl)
+
+    return loss
 
 
-# Name, the metrics that it has, and its maker.
-PEERS: dict[str, tuple[tuple[str, ...], Callable[[str], Loss]]] = {
-    "torch eager": (("l2", "sqeuclidean", "dot"), eager),
-    "torch.compile": (("l2", "sqeuclidean", "dot"), compiled),
-    "torch linear_cross_entropy": (("sqeuclidean", "dot"), chunked),
-    "torch checkpoint": (("l2", "sqeuclidean", "dot"), checkpointed),
-    "pytorch-metric-learning NCA": (("l2",), metric_learning),
-    "liger": (("dot",), liger),
-    "cut-cross-entropy": (("dot",), cut_cross_entropy),
+def keops(task: Task) -> Loss:
+    """Symbolic distances, reduced by generated code."""
+    from pykeops.torch import LazyTensor
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        if not x.is_cuda and len(x) > KEOPS_ROWS:
+            raise NotImplementedError(f"KeOps on CPU is run up to M = {KEOPS_ROWS}")
+        squared = ((LazyTensor(x[:, None]) - LazyTensor(y[None])) ** 2).sum(-1)
+        lse = (-squared.sqrt() / task.temperature).logsumexp(dim=1).view(-1)
+        return (lse + (x - y).norm(dim=1) / task.temperature).mean()
+
+    return loss
+
+
+def memeff(task: Task) -> Loss:
+    """The closest relative, on CUDA; `stable=True` would rescale gradients."""
+    module: Any = importlib.import_module("memeff")
+    return module.MemoryEfficientCLIPLoss(temperature=task.temperature, stable=False)
+
+
+def inf_cl(task: Task) -> Loss:
+    """Its flash loss of rows, on CUDA."""
+    module: Any = importlib.import_module("inf_cl.flash")
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        rows = torch.arange(len(x), device=x.device)
+        x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+        scale, head = 1 / task.temperature, min(x.shape[1], 256)
+        return module.cal_flash_loss(x, y, rows, scale=scale, head_dim=head).mean()
+
+    return loss
+
+
+class Peer(NamedTuple):
+    """Maker, distribution, kinds with their metrics, and M×N matrices of float32 held at a time."""
+
+    make: Callable[[Task], Loss]
+    distribution: str
+    jobs: dict[str, tuple[str, ...]]
+    matrices: float
+    compiles: bool = False
+    needs_cuda: bool = False
+
+
+ALL = ("l2", "sqeuclidean", "dot", "cosine")
+EVERY = {kind: ("dot",) if kind == "entropy" else ALL for kind in KINDS}
+ONE = "one direction"
+OURS = "fastcontrast"
+PROVIDERS = {
+    OURS: Peer(ours, "fastcontrast", EVERY, 0),
+    "torch eager": Peer(eager, "torch", EVERY, 5),
+    "torch.compile": Peer(compiled, "torch", EVERY, 3, compiles=True),
+    "torch checkpoint": Peer(checkpointed, "torch", {ONE: ALL}, 0),
+    "torch linear_cross_entropy": Peer(chunked, "torch", {ONE: ALL[1:]}, 0),
+    "pytorch-metric-learning": Peer(
+        metric_learning,
+        "pytorch-metric-learning",
+        {ONE: ("l2", "cosine"), "labels": ("l2", "cosine")},
+        8,
+    ),
+    "sentence-transformers": Peer(
+        sentence_transformers, "sentence-transformers", {ONE: ("l2", "dot", "cosine")}, 6
+    ),
+    "info-nce-pytorch": Peer(info_nce_pytorch, "info-nce-pytorch", {ONE: ("cosine",)}, 5),
+    "open_clip": Peer(open_clip, "open_clip_torch", {"symmetric": ("cosine",)}, 7),
+    "lightly": Peer(lightly, "lightly", {"two views": ("cosine",)}, 7),
+    "liger": Peer(liger, "liger_kernel", {ONE: ("dot",), "entropy": ("dot",)}, 1),
+    "cut-cross-entropy": Peer(
+        cut_cross_entropy, "cut-cross-entropy", {ONE: ("dot",)}, 3, compiles=True
+    ),
+    "KeOps": Peer(keops, "pykeops", {ONE: ("l2",)}, 0),
+    "memeff": Peer(memeff, "memeff", {"symmetric": ("cosine",)}, 0, needs_cuda=True),
+    "inf-cl": Peer(inf_cl, "inf-cl", {ONE: ("cosine",)}, 0, needs_cuda=True),
 }
 
 
-def available(metric: str) -> tuple[dict[str, Loss], dict[str, str]]:
-    """Losses that run here, by name, and why the others with this metric do not."""
-    losses: dict[str, Loss] = {}
-    reasons: dict[str, str] = {}
-    for name, (metrics, make) in PEERS.items():
-        if metric not in metrics:
-            continue
-        try:
-            losses[name] = make(metric)
-        except ImportError as error:
-            reasons[name] = f"does not import: {error}"
-    return losses, reasons
+def version(distribution: str) -> str | None:
+    """Installed version of a library, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

@@ -24,6 +24,7 @@ commands:
   embed RUN       write a run's embeddings to an .npz file
   plot RUN        draw a run's pictures again
   data verify     what data set lies in a folder, and whether its files are as published
+  bench           time, memory and error beside other libraries; in a clone of the project
   doctor          what is installed, which backend runs which op, and what is missing
 
 options:
@@ -111,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _fail(f"--version: takes no arguments, got {other!r}")
             case ["doctor", *flags]:
                 return _doctor(flags)
+            case ["bench", *flags]:
+                return _bench(flags)
             case ["eval" | "embed" | "plot", *rest] if not rest or {"-h", "--help"} & {*rest}:
                 print(RUN_HELP, end="", file=sys.stdout if rest else sys.stderr)
                 return 0 if rest else _USAGE
@@ -153,6 +156,18 @@ def _doctor(flags: list[str]) -> int:
 
     print(report().rstrip("\n"))
     return 0
+
+
+def _bench(flags: list[str]) -> int:
+    """Hand over to benchmarks/suite.py of the clone that is installed, or that one stands in."""
+    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+        if (root / "benchmarks" / "suite.py").exists():
+            sys.path.insert(0, str(root))
+            return import_module("benchmarks.suite").main(flags)
+    return _fail(
+        "bench: the benchmark is not part of the package; clone the project, "
+        'pip install -e ".[bench]" there, and run it there'
+    )
 
 
 def _verify(directory: str) -> int:

@@ -217,7 +217,7 @@ def test_commands_of_the_documents_exist(document: str) -> None:
     assert "test" in named or "install" in named
     assert named <= targets
     commands = set(re.findall(r"(?:^|\n| )fastcontrast ([a-z]+)", code))
-    assert commands <= {"train", "eval", "embed", "plot", "data", "doctor"}
+    assert commands <= {"train", "eval", "embed", "plot", "data", "bench", "doctor"}
     for path in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / path).exists(), f"{document} links to {path}"
     extras = set(re.findall(r'"(?:\.|fastcontrast)\[([a-z]+)\]"', code))

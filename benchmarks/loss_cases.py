@@ -1,0 +1,186 @@
+"""Jobs "losses" and "memory": pairwise losses, forward and backward, mean reduction.
+
+The control is four GEMMs (X·Yᵀ twice, G·Y, Gᵀ·X: 8MND operations), what a loss that recomputes its
+scores contains, of up to CONTROL_ROWS rows. The limit takes the 6MND that none can do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.cases import Call, Case, Control, Work, generator, relative_errors
+
+CONTROL_ROWS = 4096
+# Rows and columns of the part that is set against float64: direct differences of all its pairs.
+EXACT_ROWS = 512
+SMALL_ROWS = 256
+# Special functions per score: sqrt and exp2, or exp2.
+SPECIALS = {"l2": 2, "sqeuclidean": 1, "dot": 1, "cosine": 1}
+
+
+def points(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Two sets of points at distances of a few units, leaves of the graph."""
+    source = generator(0, device)
+    return [
+        torch.randn(rows, dim, generator=source, device=device)
+        .div_(dim**0.25)
+        .to(dtype)
+        .requires_grad_()
+        for _ in range(2)
+    ]
+
+
+def exact_loss(task: peers.Task, x: Tensor, y: Tensor) -> Tensor:
+    """The job by its equation: float64 points, direct differences."""
+    if task.metric not in ("l2", "sqeuclidean"):
+        return peers.eager(task)(x, y)
+    if task.kind == "two views":
+        x = y = torch.cat([x, y])
+    d = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    s = -(d if task.metric == "l2" else d.square()) / task.temperature
+    return peers.of_scores(task.kind, s)
+
+
+class LossCase(Case):
+    """Facts: kind, metric, rows (M = N), dim, dtype, precision."""
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        super().__init__(facts)
+        self.rows, self.dim = facts["rows"], facts["dim"]
+        self.task = peers.Task(facts["kind"], facts["metric"], facts["precision"])
+
+    @property
+    def name(self) -> str:
+        f = self.facts
+        precision = "" if f["precision"] == "auto" else f" as {f['precision']}"
+        text = f"{f['metric']}, M = N = {f['rows']}, D = {f['dim']}, {f['dtype']}{precision}"
+        return text if f["kind"] == "one direction" else f"{f['kind']}: {text}"
+
+    def providers(self) -> Sequence[str]:
+        kind, metric = self.facts["kind"], self.facts["metric"]
+        return [
+            name
+            for name, peer in peers.PROVIDERS.items()
+            if metric in peer.jobs.get(kind, ())
+            and (self.device.type == "cuda" or not peer.needs_cuda)
+        ]
+
+    def _backward_of(self, loss: peers.Loss, rows: int) -> Call:
+        x, y = points(rows, self.dim, self.dtype, self.device)
+        x.grad, y.grad = torch.zeros_like(x), torch.zeros_like(y)
+
+        def run() -> None:
+            loss(x, y).backward()
+
+        return run
+
+    def build(self, provider: str) -> Call:
+        return self._backward_of(peers.PROVIDERS[provider].make(self.task), self.rows)
+
+    def work(self) -> Work:
+        rows = self.rows * (2 if self.facts["kind"] == "two views" else 1)
+        pairs = float(rows) * rows
+        # Points read once, their gradients written once.
+        moved = 4.0 * self.rows * self.dim * self.dtype.itemsize
+        return Work(6 * pairs * self.dim, moved, pairs * SPECIALS[self.facts["metric"]])
+
+    def control(self) -> Control:
+        rows = min(self.rows, CONTROL_ROWS)
+        x, y = (p.detach() for p in points(rows, self.dim, self.dtype, self.device))
+
+        def gemms() -> None:
+            x @ y.T
+            g = x @ y.T
+            g @ y
+            g.T @ x
+
+        return Control("GEMMs", gemms, (self.rows / rows) ** 2)
+
+    def errors(self, provider: str) -> dict[str, float]:
+        rows = min(self.rows, EXACT_ROWS)
+        found = points(rows, self.dim, self.dtype, self.device)
+        exact = [p.detach().double().requires_grad_() for p in found]
+        truth = exact_loss(self.task, *exact)
+        mine = peers.PROVIDERS[provider].make(self.task)(found[0], found[1])
+        return relative_errors(
+            [mine.detach(), *torch.autograd.grad(mine, found)],
+            [truth.detach(), *torch.autograd.grad(truth, exact)],
+        )
+
+    def smaller(self) -> Case:
+        return LossCase(self.facts | {"rows": min(self.rows, SMALL_ROWS)})
+
+    def needs(self, provider: str) -> float:
+        rows = self.rows * (2 if self.facts["kind"] == "two views" else 1)
+        held = peers.PROVIDERS[provider].matrices * rows * rows * self.dtype.itemsize
+        return 3 * self.work().bytes + held
+
+    def compiles(self, provider: str) -> bool:
+        return peers.PROVIDERS[provider].compiles
+
+    def version(self, provider: str) -> str | None:
+        return peers.version(peers.PROVIDERS[provider].distribution)
+
+
+CASE = LossCase
+
+
+def all_cases(
+    job: str, quick: bool, device: str, sizes: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """Facts of a job's cases."""
+    cuda = device == "cuda"
+    found: list[dict[str, Any]] = []
+
+    def add(
+        rows: int, dim: int = 128, metric: str = "l2", kind: str = "one direction",
+        dtype: str = "bfloat16" if cuda else "float32", precision: str = "auto",
+    ) -> None:  # fmt: skip
+        facts = {
+            "job": job, "kind": kind, "metric": metric, "rows": rows, "dim": dim,
+            "dtype": dtype, "precision": precision, "device": device,
+        }  # fmt: skip
+        if facts not in found:
+            found.append(facts)
+
+    if job == "memory":
+        ladder = (1024, 4096) if quick else (1024, 4096, 16384, 32768)
+        for rows in sizes or (*ladder, *((65536, 131072) if cuda and not quick else ())):
+            add(rows)
+            if not quick:
+                add(rows, metric="dot")
+        return found
+    if quick:
+        middle = 16384 if cuda else 1024
+        ladder = (1024, 4096, 16384, 65536) if cuda else (256, 1024, 4096)
+    else:
+        middle = 32768 if cuda else 4096
+        # A million rows fit into the memory of a large GPU; a CPU would take an hour for them.
+        ladder = (256, 1024, 4096, 16384, 65536, 131072, *((1 << 20,) if cuda else ()))
+    for rows in sizes or ladder:
+        add(rows)
+        if not quick:
+            add(rows, metric="dot")
+    middle = min(middle, max(sizes)) if sizes else middle
+    if quick:
+        add(middle, metric="dot")
+    else:
+        for metric in ("l2", "dot"):
+            for dim in (64, 256, 512, 1024):
+                add(middle, dim, metric)
+        for metric in ("sqeuclidean", "cosine"):
+            add(middle, metric=metric)
+        for metric in ("l2", "dot"):
+            add(middle, metric=metric, dtype="float32" if cuda else "bfloat16")
+        for precision in ("tf32", "bf16x3") if cuda else ("bf16",):
+            add(middle, dtype="float32", precision=precision)
+    for kind, metric in (
+        ("symmetric", "cosine"), ("two views", "cosine"), ("labels", "cosine"), ("entropy", "dot")
+    ):  # fmt: skip
+        add(middle, metric=metric, kind=kind)
+    return found

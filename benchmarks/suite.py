@@ -1,0 +1,268 @@
+"""The benchmark: ``fastcontrast bench``, or ``python -m benchmarks.suite`` in a clone.
+
+Each case is measured in processes of its own: one for every provider, which gives peak memory and
+errors, then one in which all are timed in turn. The record is written after every case, and a run
+with the same --out goes on where another was ended; the report is drawn from the record at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure, record
+from benchmarks.cases import UNTIMED, Case, all_cases, case_of
+from benchmarks.limits import limit_of
+from benchmarks.peers import OURS, PROVIDERS
+from benchmarks.processes import FREE_SHARE, Measurer
+
+JOBS = ("losses", "patches", "triplet", "train", "memory")
+# A call that takes longer in the process that measures its memory is not repeated.
+ONCE = {"quick": 4.0, "full": 20.0}
+CALL_LIMIT = {"quick": 60.0, "full": 400.0}  # seconds until a measurement is ended
+CASE_LIMIT = 900.0
+OUT = Path("build/bench")
+FILE = "bench.json"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    flags = argparse.ArgumentParser(
+        prog="fastcontrast bench",
+        description="Time, memory and error of the project and of every peer that is installed.",
+        epilog="A run that was ended goes on with the same flags. Exit code 1: --compare found "
+        "something slower beyond noise.",
+    )
+    flags.add_argument("job", nargs="?", default="all", choices=[*JOBS, "all"])
+    flags.add_argument("--peers", nargs="+", metavar="NAME", help="these alone, beside ours")
+    flags.add_argument("--quick", action="store_true", help="few cases, under five minutes")
+    flags.add_argument("--out", type=Path, default=OUT, help=f"folder (default: {OUT})")
+    flags.add_argument("--compare", type=Path, metavar="OLD.json", help="what changed since")
+    flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    flags.add_argument("--threads", type=int, default=2, help="of torch on CPU (default: 2)")
+    flags.add_argument("--seconds", type=float, help="begin no further case after so many")
+    flags.add_argument(
+        "--sizes", type=int, nargs="+", metavar="M", help="rows, images or batches, to try it out"
+    )
+    return flags
+
+
+class Run:
+    """A run: its flags, its record and its measuring processes."""
+
+    def __init__(self, options: argparse.Namespace, command: str) -> None:
+        self.options, self.command = options, command
+        self.started = time.monotonic()
+        self.length = "quick" if options.quick else "full"
+        pace = measure.QUICK if options.quick else measure.FULL
+        self.pace = list(pace._replace(threads=options.threads))
+        self.path = options.out / FILE
+
+    def measure(self) -> dict[str, Any]:
+        """Run what is not in the record yet; the record."""
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        with Measurer(returning=True) as peaks, Measurer(returning=False) as clocks:
+            self.peaks, self.clocks = peaks, clocks
+            facts = self._machine()
+            self.record = self._opened(facts["environment"])
+            jobs = JOBS if self.options.job == "all" else (self.options.job,)
+            for job in jobs:
+                for case in all_cases(job, self.options.quick, self.device, self.options.sizes):
+                    if self._out_of_time():
+                        print("the time is up; the same command without --seconds goes on")
+                        return self.record
+                    self._case(case_of(case))
+                if job == "losses":
+                    self._numerics()
+        return self.record
+
+    def _out_of_time(self) -> bool:
+        seconds = self.options.seconds
+        return seconds is not None and time.monotonic() - self.started > seconds
+
+    def _machine(self) -> dict[str, Any]:
+        device = self.options.device
+        if device != "cpu":
+            answer = self.peaks.ask("machine", 120, device="cuda")
+            if answer["status"] == "ok":
+                self.device = "cuda"
+                return answer["result"]
+            if device == "cuda":
+                raise ValueError(f"--device cuda: {answer['reason']}")
+        self.device = "cpu"
+        answer = self.peaks.ask("machine", 120, device="cpu")
+        if answer["status"] != "ok":
+            raise RuntimeError(answer["reason"])
+        # The forked process has torch's own choice of threads.
+        answer["result"]["environment"]["torch_threads"] = self.options.threads
+        return answer["result"]
+
+    def _opened(self, environment: dict[str, Any]) -> dict[str, Any]:
+        """The record in the folder, or a fresh one with the machine's rates."""
+        if self.path.exists():
+            old = record.read(self.path)
+            reason = record.continues(old, environment)
+            if reason:
+                raise ValueError(f"{self.path} is of another run ({reason}): give another --out")
+            return old
+        print("measuring the machine: products, copies", flush=True)
+        answer = self.clocks.ask(
+            "rates", 300, device=self.device, quick=self.options.quick,
+            threads=self.options.threads,
+        )  # fmt: skip
+        if answer["status"] != "ok":
+            raise RuntimeError(answer["reason"])
+        return {
+            "schema": record.SCHEMA, "command": self.command, "environment": environment,
+            "rates": answer["result"], "rows": [],
+        }  # fmt: skip
+
+    def _numerics(self) -> None:
+        """Errors over pair distance and temperature, once a record."""
+        if "numerics" in self.record:
+            return
+        print("errors over pair distance and temperature", flush=True)
+        answer = self.clocks.ask("numerics", CASE_LIMIT)
+        if answer["status"] == "ok":
+            self.record["numerics"] = answer["result"]
+            record.save(self.record, self.path)
+        else:
+            print(f"  {answer['status']}: {answer['reason']}")
+
+    def _case(self, case: Case) -> None:
+        """Measure one case and write the record."""
+        known = {record.key_of(row) for row in self.record["rows"]}
+        wanted = [p for p in case.providers() if p == OURS or self._asked(p)]
+        blank = {"job": case.job_name, "name": case.name, "case": case.facts}
+        rows = {p: blank | {"provider": p} for p in wanted}
+        rows = {p: row for p, row in rows.items() if record.key_of(row) not in known}
+        if not rows:
+            return
+        started = time.monotonic()
+        free = self.peaks.ask("machine", 120, device=self.device)["result"]["free_bytes"]
+        for provider, row in rows.items():
+            row |= self._peak(case, provider, free)
+        timed: list[str] = []
+        if case.job_name not in UNTIMED:
+            once = ONCE[self.length]
+            timed = [p for p, r in rows.items() if r["status"] == "ok" and r["once"] <= once]
+        self._times(case, rows, timed)
+        self.record["rows"] += rows.values()
+        record.save(self.record, self.path)
+        self._say(case, rows, time.monotonic() - started)
+
+    def _asked(self, provider: str) -> bool:
+        names = self.options.peers
+        return names is None or any(n.lower() in provider.lower() for n in names)
+
+    def _peak(self, case: Case, provider: str, free: int) -> dict[str, Any]:
+        """One call in a process of its own: memory, errors, and whether it is the job."""
+        version = case.version(provider)
+        if version is None:
+            return {"status": "skipped", "reason": record.NOT_INSTALLED}
+        needs = case.needs(provider)
+        if free and needs > FREE_SHARE * free:
+            reason = f"needs about {needs / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free"
+            return {"status": "skipped", "reason": reason}
+        answer = self.peaks.ask(
+            "peak", CALL_LIMIT[self.length], facts=case.facts, provider=provider, pace=self.pace
+        )
+        if answer["status"] != "ok":
+            return answer
+        found = answer["result"]
+        worst = max(found["errors"].values())
+        if not worst <= case.allowed:
+            reason = f"error {worst:.1e} against float64, allowed {case.allowed:.0e}: another job"
+            return {"status": "differs", "reason": reason, "error": found["errors"]}
+        return {
+            "status": "ok", "version": version, "peak_bytes": found["peak_bytes"],
+            "error": found["errors"], "once": found["seconds"],
+        }  # fmt: skip
+
+    def _times(self, case: Case, rows: dict[str, Any], timed: list[str]) -> None:
+        """Times of those that are repeated, and of the others the one that there is."""
+        control: dict[str, Any] = {}
+        if timed:
+            answer = self.clocks.ask(
+                "times", CASE_LIMIT, facts=case.facts, providers=timed, pace=self.pace
+            )
+            found = answer.get("result", {"seconds": {}, "reasons": {}, "control": {}})
+            control = found["control"]
+            for provider in timed:
+                if provider in found["seconds"]:
+                    rows[provider] |= measure.figures(found["seconds"][provider])
+                else:
+                    reason = found["reasons"].get(provider, answer.get("reason", ""))
+                    rows[provider] |= {"status": "failed", "reason": reason}
+        limit = limit_of(case.work(), case.facts, self.record["rates"])
+        for row in rows.values():
+            once = row.pop("once", None)
+            if row["status"] == "ok":
+                if "minimum" not in row:
+                    row |= measure.figures([once])
+                row |= {"limit": limit, "ratio": limit["seconds"] / row["minimum"]}
+                row["control"] = control
+
+    def _say(self, case: Case, rows: dict[str, Any], seconds: float) -> None:
+        drift = next((r["control"].get("drift") for r in rows.values() if "control" in r), None)
+        busy = drift is not None and drift > measure.DRIFT
+        note = f"; the control drifts {drift:.0%}: the machine is busy" if busy else ""
+        print(f"{case.name} ({seconds:.0f} s{note})")
+        for provider, r in rows.items():
+            if r["status"] != "ok":
+                print(f"  {provider:28}{r['status']}: {r['reason'][:100]}")
+                continue
+            error = max(r["error"].values())
+            print(
+                f"  {provider:28}{1e3 * r['minimum']:10.3f} ms, limit x {r['ratio']:4.2f}, "
+                f"{r['peak_bytes'] / 2**20:8.1f} MiB, error {error:.0e}"
+            )
+        sys.stdout.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(arguments)
+    try:
+        unknown = [
+            n for n in options.peers or () if not any(n.lower() in p.lower() for p in _names())
+        ]
+        if unknown:
+            raise ValueError(f"--peers: no peer {unknown[0]!r}; there are {', '.join(_names())}")
+        if options.threads < 1 or any(m < 2 for m in options.sizes or ()):
+            raise ValueError("--threads is 1 or more, --sizes are 2 or more")
+        old = record.read(options.compare) if options.compare else None
+        found = Run(options, shlex.join(["fastcontrast", "bench", *arguments])).measure()
+        from benchmarks import report  # needs matplotlib, which measuring does not
+
+        written = report.write(found, options.out, old)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"fastcontrast: {error}", file=sys.stderr)
+        return 2
+    if report.warning(found["rows"]):
+        print("\n" + report.warning(found["rows"]))
+    print("\nWritten:\n" + "\n".join(f"  {path}" for path in written))
+    if old is None:
+        return 0
+    changes = record.compare(old, found)
+    print("\n" + record.comparison_text(changes))
+    return int(any(c["verdict"] not in ("same", "faster") for c in changes))
+
+
+def _names() -> list[str]:
+    others = {p for job in ("patches", "triplet", "train") for p in _providers(job)}
+    return [*PROVIDERS, *sorted(others - set(PROVIDERS))]
+
+
+def _providers(job: str) -> set[str]:
+    return {p for facts in all_cases(job, True, "cpu") for p in case_of(facts).providers()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""The benchmark: its record, runs that end early, peers that fail, its page."""
+
+from __future__ import annotations
+
+import copy
+import html.parser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import limits, measure, peers, processes, record, report, suite
+from benchmarks.cases import MODULES, Work, all_cases, case_of
+from fastcontrast import cli
+
+TESTS = Path(__file__).parent
+ROWS = 24
+LOSSES = [
+    (kind, metric, name)
+    for name, peer in peers.PROVIDERS.items()
+    for kind, metrics in peer.jobs.items()
+    for metric in metrics
+    if not peer.needs_cuda and not peer.compiles  # compiling takes seconds for each
+]
+
+
+@pytest.fixture(scope="module")
+def broken():
+    """The adapters of broken_peers.py, in this process as well."""
+    before = dict(peers.PROVIDERS)
+    import broken_peers
+
+    yield broken_peers
+    peers.PROVIDERS.clear()
+    peers.PROVIDERS.update(before)
+
+
+@pytest.fixture(scope="module")
+def finished(broken, tmp_path_factory):
+    """A run of one size with every broken peer: its folder and exit code."""
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "PRELOADED", ("benchmarks.loss_cases", "broken_peers"))
+        patch.setattr(suite, "CALL_LIMIT", {"quick": 2.0, "full": 2.0})
+        patch.setenv("PYTHONPATH", str(TESTS))
+        yield folder, _bench(folder)
+
+
+def _bench(folder, *flags):
+    names = ["torch eager", "is large", "is absent", "raises", "eats", "dies", "hangs", "another"]
+    arguments = ["memory", "--quick", "--sizes", str(ROWS), "--device", "cpu", "--threads", "1"]
+    return suite.main([*arguments, "--peers", *names, "--out", str(folder), *flags])
+
+
+@pytest.fixture
+def results(finished):
+    """A copy of the run's record."""
+    return record.read(finished[0] / suite.FILE)
+
+
+def _row(results, provider):
+    return next(row for row in results["rows"] if row["provider"] == provider)
+
+
+def test_a_run_measures_ours_and_a_peer(finished, results):
+    assert finished[1] == 0
+    for name in ("fastcontrast", "torch eager"):
+        row = _row(results, name)
+        assert row["status"] == "ok"
+        assert row["minimum"] > 0
+        assert row["ratio"] == row["limit"]["seconds"] / row["minimum"]
+        assert row["error"]["gradient"] < 1e-5  # float32 on 24 rows
+
+
+@pytest.mark.parametrize(
+    ("provider", "status", "said"),
+    [
+        ("raises", "failed", "ValueError: it does not like these points"),
+        ("eats memory", "out of memory", "can't allocate memory"),
+        ("dies", "out of memory", "the system ended the process"),
+        ("hangs", "failed", "not done after 2 s"),
+        ("another job", "differs", "another job"),
+        ("is large", "skipped", "GiB that are free"),
+        ("is absent", "skipped", "not installed"),
+    ],
+)
+def test_a_peer_that_fails_is_a_row(results, provider, status, said):
+    row = _row(results, provider)
+    assert row["status"] == status
+    assert said in row["reason"]
+
+
+def test_a_run_goes_on_where_it_ended(finished, results, capsys):
+    path = finished[0] / suite.FILE
+    ended = copy.deepcopy(results)
+    ended["rows"] = [row for row in ended["rows"] if row["provider"] != "torch eager"]
+    path.write_text(json.dumps(ended))
+    assert _bench(finished[0]) == 0
+    again = record.read(path)
+    assert len(again["rows"]) == len(results["rows"])
+    assert _row(again, "torch eager")["status"] == "ok"
+    kept = [row for row in again["rows"] if row["provider"] != "torch eager"]
+    assert kept == ended["rows"]
+
+    ended["environment"]["commit"] = "another"
+    path.write_text(json.dumps(ended))
+    assert _bench(finished[0]) == 2
+    assert "commit was 'another'" in capsys.readouterr().err
+    path.write_text(json.dumps(results))
+
+
+def test_no_case_begins_when_the_time_is_up(finished, tmp_path):
+    assert _bench(tmp_path, "--seconds", "0") == 0
+    assert (tmp_path / "bench.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r.update(schema=0), "schema is 0"),
+        (lambda r: r.pop("rates"), "rates is missing"),
+        (lambda r: r["rows"][0].update(status="fine"), "status is 'fine'"),
+        (lambda r: r["rows"][0].pop("peak_bytes"), "rows[0]: peak_bytes is missing"),
+        (lambda r: r["rows"][-1].pop("reason"), "reason is missing"),
+    ],
+)
+def test_a_record_has_its_schema(results, change, said):
+    results["rows"].sort(key=lambda row: row["status"] != "ok")
+    record.check(results)
+    change(results)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        record.check(results)
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict"), [(2.0, "slower"), (0.5, "faster"), (1.02, "same"), (1.25, "same")]
+)
+def test_only_what_is_beyond_noise_has_changed(results, factor, verdict):
+    old = copy.deepcopy(results)
+    for found in (old, results):
+        _row(found, "fastcontrast").update(minimum=1e-3, median=1.3e-3)  # 30 % noise
+    _row(results, "fastcontrast")["minimum"] *= factor
+    changed = {c["provider"]: c["verdict"] for c in record.compare(old, results)}
+    assert changed["fastcontrast"] == verdict
+    assert changed["torch eager"] == "same"
+
+
+def test_what_no_longer_runs_is_a_change(results):
+    old = copy.deepcopy(results)
+    _row(results, "fastcontrast").update(status="failed", reason="broken")
+    first = record.compare(old, results)[0]
+    assert (first["provider"], first["verdict"]) == ("fastcontrast", "now failed")
+    assert "now failed" in record.comparison_text(record.compare(old, results))
+
+
+def test_compare_says_it_by_the_exit_code(finished, results, tmp_path, capsys):
+    for row in results["rows"]:
+        if row["status"] == "ok":
+            row.update(minimum=row["minimum"] / 10, median=row["minimum"] / 10)
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(results))
+    assert _bench(finished[0], "--compare", str(old)) == 1
+    assert "slower" in capsys.readouterr().out
+    assert "slower" in (finished[0] / "bench.html").read_text()
+
+
+class _Page(html.parser.HTMLParser):
+    """Counts tags, and collects what would be fetched."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.fetched = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [
+            v for k, v in attrs if k in ("src", "href", "xlink:href") and not v.startswith("#")
+        ]
+
+
+def test_the_page_needs_no_other_file(results, tmp_path):
+    row = _row(results, "fastcontrast")
+    for rows in (64, 256):  # a ladder, and cases that the other pictures are drawn of
+        case = row["case"] | {"rows": rows, "job": "losses"}
+        for provider in ("fastcontrast", "torch eager"):
+            more = row | {"job": "losses", "case": case, "name": f"M = {rows}"}
+            results["rows"].append(more | {"provider": provider})
+    series = {"values": [1.0, 0.1], "errors": [{"fastcontrast": [1e-7, 2e-7]}] * 2}
+    results["numerics"] = {"distance": series, "temperature": series}
+    written = report.write(results, tmp_path)
+    page = _Page()
+    page.feed((tmp_path / "bench.html").read_text())
+    assert not page.fetched
+    assert page.tags.count("svg") == sum(p.suffix == ".png" for p in written) == 6
+    assert "<script" not in (tmp_path / "bench.html").read_text()
+    table = (tmp_path / "bench.md").read_text()
+    assert "not installed: is absent" in table
+    assert "out of memory: RuntimeError" in table
+    assert f"| fastcontrast {row['version']} |" in table
+
+
+def test_providers_are_timed_in_turn():
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    pace = measure.Pace(0.0, 5, 1)
+    found = measure.in_turn(calls, pace, torch.device("cpu"), rounds=3, warm=0)
+    assert order[-6:] == ["a", "b"] * 3
+    assert [len(seconds) for seconds in found.values()] == [3, 3]
+    figures = measure.figures([1.0, 1.0, 1.2, 4.0])
+    assert (figures["minimum"], figures["outliers"]) == (1.0, 1)
+    assert measure.drift_of([1.0, 1.2, 1.4]) == pytest.approx(0.2)
+
+
+def test_the_limit_is_the_slowest_unit():
+    rates = {
+        "operations": {"float32": 100.0, "bfloat16": 400.0},
+        "bytes": {"10": 50.0, "1000": 5.0},
+        "specials": None,
+    }
+    facts = {"dtype": "float32", "device": "cpu", "precision": "auto"}
+    assert limits.limit_of(Work(200, 20), facts, rates) == {"seconds": 2.0, "by": "products"}
+    # 2000 bytes do not stay in the cache whose copies are ten times as fast
+    assert limits.limit_of(Work(200, 2000), facts, rates) == {"seconds": 400.0, "by": "bytes"}
+    threefold = facts | {"precision": "bf16x3"}
+    assert limits.limit_of(Work(200, 20), threefold, rates)["seconds"] == 1.5
+    gpu = rates | {"specials": 1.0}
+    assert limits.limit_of(Work(200, 20, 7), facts, gpu)["by"] == "special functions"
+
+
+@pytest.mark.parametrize(("kind", "metric", "provider"), LOSSES)
+def test_adapters_compute_the_same_loss(kind, metric, provider):
+    facts = {
+        "job": "losses", "kind": kind, "metric": metric, "rows": ROWS, "dim": 16,
+        "dtype": "float32", "precision": "auto", "device": "cpu",
+    }  # fmt: skip
+    case = case_of(facts)
+    if case.version(provider) is None:
+        pytest.skip(f"{provider} is not installed")
+    assert max(case.errors(provider).values()) < case.allowed
+
+
+@pytest.mark.parametrize("job", ["patches", "triplet", "train"])
+def test_adapters_compute_the_same_job(job):
+    for facts in all_cases(job, quick=True, device="cpu", sizes=[4]):
+        case = case_of(facts)
+        for provider in case.providers():
+            if case.version(provider) is not None and not case.compiles(provider):
+                assert max(case.errors(provider).values()) < case.allowed, (case.name, provider)
+
+
+@pytest.mark.parametrize("job", MODULES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_are_what_their_facts_say(job, device):
+    for quick in (True, False):
+        found = all_cases(job, quick, device)
+        assert len({json.dumps(facts) for facts in found}) == len(found)
+        for facts in found:
+            case = case_of(json.loads(json.dumps(facts)))
+            assert case.providers()[0] == peers.OURS
+            if job != "train":  # whose operations are counted by running it
+                assert max(case.work()[:2]) > 0
+    assert len({case_of(facts).name for facts in found}) == len(found)
+
+
+def test_a_peer_that_nobody_knows(capsys, tmp_path):
+    assert suite.main(["losses", "--peers", "no-such", "--out", str(tmp_path)]) == 2
+    assert "no peer 'no-such'; there are fastcontrast" in capsys.readouterr().err
+
+
+def test_without_a_clone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "fastcontrast" / "cli.py"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench"]) == 2
+    assert "clone the project" in capsys.readouterr().err
+
+
+def test_the_command_hands_over_to_the_clone(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fastcontrast", "bench", "--help"],
+        capture_output=True, text=True, cwd=tmp_path, check=True,
+    )  # fmt: skip
+    assert "--compare OLD.json" in done.stdout
