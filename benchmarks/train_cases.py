@@ -151,7 +151,7 @@ class TrainCase(Case):
             results.append((loss.double(), torch.autograd.grad(loss, x)[0].double()))
         (loss, gradient), (truth, exact) = results
         return {
-            "loss": float((loss - truth).abs() / truth.abs()),
+            "loss": float(((loss - truth).abs() / truth.abs()).detach()),
             "gradient": float((gradient - exact).norm() / exact.norm()),
         }
 
