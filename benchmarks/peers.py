@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastcontrast
-from benchmarks import loss_libraries
+from benchmarks import image_libraries, loss_libraries
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 CHECKPOINT_ROWS = 1024
@@ -185,6 +186,8 @@ def metric_learning(task: Task) -> Loss:
 
 def sentence_transformers(task: Task) -> Loss:
     """MultipleNegativesRankingLoss of embeddings."""
+    with suppress(ImportError):
+        image_libraries.torchvision()  # transformers imports it where it is installed
     losses: Any = importlib.import_module("sentence_transformers.sentence_transformer.losses")
     util: Any = importlib.import_module("sentence_transformers.util")
     names = {"l2": "euclidean_sim", "cosine": "cos_sim", "dot": "dot_score"}
