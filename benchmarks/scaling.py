@@ -151,7 +151,6 @@ def rank_of(rank: int, world: int, rows: int, dim: int, strategy: str, store: st
     import torch.distributed as dist
 
     import fastcontrast
-    from benchmarks.measure import resident_bytes
     from fastcontrast.distributed import Ranks
 
     torch.set_num_threads(1)
@@ -185,10 +184,6 @@ def rank_of(rank: int, world: int, rows: int, dim: int, strategy: str, store: st
             call()
             times.append(time.perf_counter() - start)
         found[name] = times
-    before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    step()
-    found["peak_bytes"] = max(resident_bytes("VmHWM") - before, 0)
     dist.destroy_process_group()
     if rank == 0:
         print(json.dumps(found))
@@ -220,14 +215,15 @@ def measure(rows: int, dim: int, worlds: list[int], path: Path) -> None:
             model = loss_step(Cluster("", rate, link, 0.0), world, rows, dim, strategy, 4)
             row = {"ranks": world, "strategy": strategy, "rows": rows, "dim": dim, **found}
             row |= {"rate": rate, "link": link if world > 1 else None}
-            row |= {"model_seconds": model.seconds, "model_bytes": model.memory}
+            row |= {"model_seconds": model.seconds}
             results.append(row)
-            print(
-                f"W = {world}, {strategy}: {1e3 * min(found['seconds']):.1f} ms, model "
-                f"{1e3 * model.seconds:.1f}; {found['peak_bytes'] / 2**20:.1f} MiB, model "
-                f"{model.memory / 2**20:.1f}"
-            )
-            record = {"command": " ".join(sys.argv), "environment": describe(), "results": results}
+            taken = 1e3 * min(found["seconds"])
+            print(f"W = {world}, {strategy}: {taken:.1f} ms, model {1e3 * model.seconds:.1f}")
+            record = {
+                "command": " ".join(["python -m benchmarks.scaling", *sys.argv[1:]]),
+                "environment": describe(),
+                "results": results,
+            }
             path.write_text(json.dumps(record, indent=1) + "\n")
 
 
