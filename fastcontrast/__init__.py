@@ -5,6 +5,7 @@ The public names; everything else is reached through its module. Documentation: 
 
 from typing import TYPE_CHECKING, Any
 
+from fastcontrast import mining
 from fastcontrast.backends import available_backends
 from fastcontrast.losses import (
     ClipLoss,
@@ -86,6 +87,7 @@ __all__ = [
     "knn_classify",
     "mean_average_precision_at_r",
     "metric_embedding_loss",
+    "mining",
     "multiple_negatives_ranking_loss",
     "nca_loss",
     "nearest",

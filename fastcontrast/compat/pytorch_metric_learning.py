@@ -17,6 +17,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils
 from torch import Tensor
 
 from fastcontrast.losses.nca import nca_loss
+from fastcontrast.mining.labelled import positive_pairs
 from fastcontrast.ops.checks import inverse_temperature
 from fastcontrast.ops.distance_softmax import distance_softmax
 from fastcontrast.ops.label_softmax import ClassStatistics, class_statistics
@@ -76,18 +77,7 @@ class _Operands:
 
     def positive_pairs(self) -> tuple[Tensor, Tensor]:
         """Every (row, column) of one class, by row, without a matrix of matches."""
-        order = torch.argsort(self.ref_labels, stable=True)
-        ids = self.ref_labels[order].contiguous()
-        first = torch.searchsorted(ids, self.labels.contiguous())
-        count = torch.searchsorted(ids, self.labels.contiguous(), right=True) - first
-        rows = torch.repeat_interleave(torch.arange(len(self.x), device=ids.device), count)
-        before = torch.repeat_interleave(count.cumsum(0) - count, count)
-        place = torch.arange(len(rows), device=ids.device) - before + first[rows]
-        columns = order[place]
-        if self.own is None:
-            return rows, columns
-        keep = rows != columns
-        return rows[keep], columns[keep]
+        return positive_pairs(self.labels, self.ref_labels, self.own)
 
 
 def _sums_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:

@@ -1,5 +1,9 @@
-"""Distances of given pairs, for losses, retrieval and miners: the same code for every backend."""
+"""Values of given pairs by direct difference, for losses, retrieval and miners: on every backend.
 
-from fastcontrast.backends.reference.pairs import paired_distance, paired_scores
+``row_chunks`` cuts the rows of an M×N problem into blocks, for what is streamed in plain PyTorch.
+"""
 
-__all__ = ["paired_distance", "paired_scores"]
+from fastcontrast.backends.reference.blocks import CHUNK_ELEMENTS, row_chunks
+from fastcontrast.backends.reference.pairs import paired_distance, paired_scores, values_between
+
+__all__ = ["CHUNK_ELEMENTS", "paired_distance", "paired_scores", "row_chunks", "values_between"]

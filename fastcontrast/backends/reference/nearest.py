@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcontrast.backends.reference.blocks import (
-    CHUNK_ELEMENTS,
-    columns_that_count,
-    of_rows,
-    row_chunks,
-)
+from fastcontrast.backends.reference.blocks import columns_that_count, of_rows, row_chunks
+from fastcontrast.backends.reference.pairs import values_between
 from fastcontrast.backends.scores import Scores, accumulator_dtype, padding
 
 
@@ -25,7 +21,7 @@ def nearest_columns(
     dtype = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
     x, y = x.to(dtype).contiguous(), y.to(dtype).contiguous()
     for rows in row_chunks(x, y):
-        pairs = _values(x[rows], y, scores.metric)
+        pairs = values_between(x[rows], y, scores.metric)
         counts = columns_that_count(pairs, of_rows(scores, rows))
         # Three classes, each in the order of its keys: numbers, NaN, what does not count. Sorts
         # are stable, so that equal keys stay in the order of columns.
@@ -38,17 +34,3 @@ def nearest_columns(
         values[rows, :width] = torch.where(found, pairs.gather(1, order), end).to(values.dtype)
         indices[rows, :width] = torch.where(found, order, -1)
     return values, indices
-
-
-def _values(x: Tensor, y: Tensor, metric: str) -> Tensor:
-    """Distance, squared distance, product or cosine of every pair, [M, N]."""
-    if metric in ("dot", "cosine"):
-        # Not by a matrix product: it may round equal columns differently, and they are to tie.
-        step = max(1, CHUNK_ELEMENTS // max(1, y.numel()))
-        products = torch.cat([(part[:, None] * y).sum(2) for part in x.split(step)])
-        if metric == "dot":
-            return products
-        norms = x.norm(dim=1)[:, None] * y.norm(dim=1)
-        return torch.where(norms == 0, 0.0, products / norms)
-    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    return distance if metric == "l2" else distance.square()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastcontrast.backends.reference.blocks import CHUNK_ELEMENTS
 from fastcontrast.backends.scores import accumulator_dtype
 
 
@@ -33,3 +34,22 @@ def paired_scores(x: Tensor, y: Tensor, *, metric: str, scale: float | Tensor) -
         dtype = accumulator_dtype(torch.promote_types(x.dtype, y.dtype))
         return scale * (x.to(dtype) * y.to(dtype)).sum(-1)
     return -scale * paired_distance(x, y, squared=metric == "sqeuclidean")
+
+
+def values_between(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    """Distance, squared distance, product or cosine of every pair, [..., M, N].
+
+    Of ``x`` [..., M, D] and ``y`` [..., N, D], in their dtype. Equal pairs have equal values,
+    whichever call they are in.
+    """
+    if metric in ("dot", "cosine"):
+        # Not by a matrix product: it may round equal columns differently, and they are to tie.
+        step = max(1, CHUNK_ELEMENTS // max(1, y.numel()))
+        parts = [(part[..., None, :] * y[..., None, :, :]).sum(-1) for part in x.split(step, -2)]
+        products = torch.cat(parts, -2)
+        if metric == "dot":
+            return products
+        norms = x.norm(dim=-1)[..., None] * y.norm(dim=-1)[..., None, :]
+        return torch.where(norms == 0, 0.0, products / norms)
+    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    return distance if metric == "l2" else distance.square()
