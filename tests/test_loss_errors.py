@@ -115,6 +115,18 @@ BAD_CALLS = {
         ValueError,
         "anchors must hold at least one class",
     ),
+    "anchors of other rows": (
+        lambda: fc.metric_embedding_loss(X, Y[None], torch.zeros(4, dtype=torch.int64)),
+        ValueError,
+        r"anchors must have shape \[C, D\] or \[M, C, D\] with M=4, got \[1, 6, 3\]",
+    ),
+    "figures of own anchors": (
+        lambda: fc.metric_embedding_loss(
+            X, Y.expand(4, 6, 3), torch.zeros(4, dtype=torch.int64), return_stats=("top1",)
+        ),
+        ValueError,
+        "take neither queue nor return_stats",
+    ),
     "triplet shapes": (
         lambda: fc.triplet_ratio_loss(X, X, Y),
         ValueError,

@@ -200,6 +200,29 @@ def test_metric_embedding_of_one_kind_of_row(targets: list[int], backend: str) -
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_metric_embedding_with_anchors_of_each_row(reduction: str, squared: bool) -> None:
+    """Alike for all rows they give what shared ones give; and each row uses its own."""
+    x, z, other = random(6, 4).requires_grad_(), random(3, 4), random(3, 4)
+    targets = torch.tensor([0, 2, -1, 1, -1, 1])
+    options: dict[str, Any] = {"squared": squared, "unlabelled_weight": 0.3, "temperature": 0.7}
+    loss = lambda z, **o: fc.metric_embedding_loss(x, z, targets, **options, **o)  # noqa: E731
+    shared = loss(z, reduction=reduction)
+    torch.testing.assert_close(loss(z.expand(6, 3, 4), reduction=reduction), shared)
+    rows = loss(torch.stack([z, other] * 3), reduction="none")
+    even = torch.arange(6) % 2 == 0
+    expected = torch.where(even, loss(z, reduction="none"), loss(other, reduction="none"))
+    torch.testing.assert_close(rows, expected)
+    own = random(6, 3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, z: fc.metric_embedding_loss(x, z, targets, reduction=reduction), (x, own)
+    )
+    single = fc.metric_embedding_loss(x, own[:, :1], targets.clamp(max=0), squared=squared)
+    for gradient in torch.autograd.grad(single, [x, own]):  # of one class nothing is to be learnt
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 def test_metric_embedding_knows_no_order_of_classes() -> None:
     x, z = random(6, 4), random(5, 4)
     targets = torch.tensor([0, 4, -1, 2, -1, 1])

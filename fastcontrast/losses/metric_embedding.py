@@ -17,8 +17,10 @@ from fastcontrast.ops.checks import (
 )
 from fastcontrast.ops.contrast_loss import Candidates, contrast_loss
 from fastcontrast.ops.distance_softmax import accumulator_dtype
+from fastcontrast.ops.pairs import paired_scores
 from fastcontrast.ops.ranks import Ranks, several, total
 from fastcontrast.ops.reduction import REDUCTIONS
+from fastcontrast.ops.softmax_loss import softplus
 
 
 def metric_embedding_loss(
@@ -51,7 +53,9 @@ def metric_embedding_loss(
 
     Args:
         embeddings: F(x) [M, D], float16, bfloat16, float32 or float64.
-        anchors: F(z) [C, D], one per class in the order of the classes; they receive gradients.
+        anchors: F(z) [C, D], one per class in the order of the classes; they receive gradients. Or
+            [M, C, D], such anchors of each row alone
+            (:func:`fastcontrast.mining.nearest_anchors`); without queue and figures then.
         targets: Class of each row, integer [M]: c in 0..C-1 pays cross-entropy, -1 pays entropy.
         queue: A :class:`fastcontrast.MemoryQueue`, whose entries are further columns, of no class:
             negatives of labelled rows, and part of the entropy of the others.
@@ -83,15 +87,25 @@ def metric_embedding_loss(
         tensor([0.3133, 0.6931])
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    check_operands("embeddings", embeddings, "anchors", anchors)
+    each_row = isinstance(anchors, Tensor) and anchors.dim() == 3
+    check_operands(
+        "embeddings", embeddings, "anchors", anchors.flatten(0, 1) if each_row else anchors
+    )
+    if each_row and len(anchors) != len(embeddings):
+        raise ValueError(
+            f"anchors must have shape [C, D] or [M, C, D] with M={len(embeddings)}, got "
+            f"{list(anchors.shape)}"
+        )
+    if each_row and (queue is not None or return_stats):
+        raise ValueError("anchors of each row [M, C, D] take neither queue nor return_stats")
     scale = inverse_temperature(temperature, embeddings, anchors)
     if not isinstance(unlabelled_weight, (int, float)):
         raise TypeError(
             f"unlabelled_weight must be a number, got {type(unlabelled_weight).__name__}"
         )
-    classes = anchors.shape[0]
+    classes = anchors.shape[-2]
     if classes == 0:
-        raise ValueError("anchors must hold at least one class, got shape [0, D]")
+        raise ValueError(f"anchors must hold at least one class, got {list(anchors.shape)}")
     ranks = several(ranks)
     targets = check_indices("targets", targets, embeddings, -1, classes, "-1 = unlabelled")
     labelled = targets >= 0
@@ -101,7 +115,14 @@ def metric_embedding_loss(
     if reduction == "mean":
         weight = weight / total(labelled.sum(), ranks).clamp(min=1)
         rest = rest / total((~labelled).sum(), ranks).clamp(min=1)
-    columns, metric = with_entries(anchors, queue), "sqeuclidean" if squared else "l2"
+    metric = "sqeuclidean" if squared else "l2"
+    if each_row:
+        scores = paired_scores(embeddings[:, None], anchors, metric=metric, scale=scale)
+        rows = _row_losses(scores, targets, weight, rest)
+        if reduction == "none":
+            return rows if ranks is None else ranks.loss(rows, "none")
+        return rows.sum() if ranks is None else ranks.loss(rows.sum(), "sum")
+    columns = with_entries(anchors, queue)
     # -1 excludes nothing, so one pass serves both kinds of row.
     return contrast_loss(
         Candidates(embeddings, columns, targets, None, None, None, metric, scale, columns.shape[0]),
@@ -114,6 +135,16 @@ def metric_embedding_loss(
         precision=precision,
         backend=backend,
     )
+
+
+def _row_losses(scores: Tensor, targets: Tensor, weight: Tensor, rest: Tensor) -> Tensor:
+    """Weighted cross-entropy and entropy of each row, from the scores [M, C] of its own anchors."""
+    own = targets.clamp(min=0)[:, None]
+    # Not -inf: of a single class nothing would be left, and the gradient of its sum is NaN.
+    others = scores.scatter(1, own, torch.finfo(scores.dtype).min).logsumexp(1)
+    log_p = scores.log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    return weight * softplus(others - scores.gather(1, own)[:, 0]) + rest * entropy
 
 
 class MetricEmbeddingLoss(nn.Module):

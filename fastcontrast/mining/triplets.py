@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastcontrast.mining.labelled import Labelled, labelled, positive_pairs
@@ -46,7 +47,12 @@ class Triplets(NamedTuple):
             tensor([0.5000, 1.5000])
         """
         columns = embeddings if references is None else references
-        return embeddings[self.anchor], columns[self.positive], columns[self.negative]
+        # Not columns[index]: the gradient of that is not deterministic on two threads.
+        return (
+            F.embedding(self.anchor, embeddings),
+            F.embedding(self.positive, columns),
+            F.embedding(self.negative, columns),
+        )
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Positive and then negative pairs, each once, for a loss of pairs.
