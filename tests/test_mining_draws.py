@@ -115,7 +115,7 @@ def test_draws_are_a_function_of_seed_and_step(name: str, monkeypatch: pytest.Mo
     more = draw(x, labels, seed=1, step=3, per_anchor=5)
     kept = [i * 5 + k for i in range(40) for k in range(2)]
     assert [listed(more)[i] for i in kept] == listed(first)
-    monkeypatch.setattr("fastcontrast.backends.reference.blocks.CHUNK_ELEMENTS", 90)
+    monkeypatch.setattr("fastcontrast.mining.draw_triplets.BLOCK_WEIGHTS", 90)
     assert listed(first) == listed(draw(x, labels, seed=1, step=3, per_anchor=2))
     # The anchor among the references is not its own positive.
     own = draw(x, labels, x, labels, own=torch.arange(40), seed=1, step=3, per_anchor=2)

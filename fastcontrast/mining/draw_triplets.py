@@ -19,6 +19,9 @@ from fastcontrast.ops.checks import check_count, check_scale
 from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.pairs import row_chunks, values_between
 
+# Weights of a block of rows, 8 bytes each: a dozen passes over them stay in a processor's cache.
+BLOCK_WEIGHTS = 1 << 18
+
 
 def distance_weighted_triplets(
     embeddings: Tensor,
@@ -92,7 +95,7 @@ def distance_weighted_triplets(
     negative = torch.full((len(x), per_anchor), -1, dtype=torch.int64, device=x.device)
     largest = float(_log_inverse_density(x.new_tensor(cutoff**2), dim))
     rows_with_triplets = anchor[::per_anchor]
-    for part in row_chunks(rows_with_triplets, y):
+    for part in row_chunks(rows_with_triplets, y, BLOCK_WEIGHTS):
         rows = rows_with_triplets[part]
         # A product of unit vectors is enough: nothing below the cutoff is told apart.
         d2 = (2 - 2 * (x[rows] @ y.T)).clamp(min=cutoff**2)
@@ -171,7 +174,7 @@ def inverse_distance_triplets(
     triplets_of = triplets.split(torch.bincount(drawn, minlength=len(names)).tolist())
     for columns, chosen in zip(by_class, triplets_of, strict=False):
         y = batch.y[columns].to(torch.float64)
-        for part in row_chunks(chosen, y):
+        for part in row_chunks(chosen, y, BLOCK_WEIGHTS):
             t = chosen[part]
             d = values_between(batch.y[positive[t]].to(torch.float64), y, "l2")
             weights = -d.ceil().clamp(min=1).log()

@@ -12,9 +12,12 @@ from fastcontrast.backends.scores import Scores
 CHUNK_ELEMENTS = 1 << 22
 
 
-def row_chunks(x: Tensor, y: Tensor) -> Iterator[slice]:
-    """Consecutive rows of ``x`` that make at most CHUNK_ELEMENTS scores, and at least one row."""
-    step = max(1, CHUNK_ELEMENTS // max(1, y.shape[0]))
+def row_chunks(x: Tensor, y: Tensor, elements: int | None = None) -> Iterator[slice]:
+    """Consecutive rows of ``x`` that make at most so many scores, and at least one row.
+
+    CHUNK_ELEMENTS, if nothing else is said.
+    """
+    step = max(1, (CHUNK_ELEMENTS if elements is None else elements) // max(1, y.shape[0]))
     return (slice(start, start + step) for start in range(0, x.shape[0], step))
 
 
