@@ -171,10 +171,9 @@ def _near_rows(
     found = []
     for start in range(0, m, rows):
         part = slice(start, min(start + rows, m))
-        indices = [
-            _frames(line, r.of(part), w) for r, w in ((positives, widths[0]), (rest, widths[1]))
-        ]
-        arguments = (x, x[part], stream[part], *indices, scores)
+        near_frames = _frames(line, positives.of(part), widths[0])
+        rest_frames = _frames(line, rest.of(part), widths[1])
+        arguments = (x, x[part], stream[part], near_frames, rest_frames, scores)
         if several:  # gathers once more in the backward pass
             found.append(
                 checkpoint(_row_losses, *arguments, use_reentrant=False, preserve_rng_state=False)
