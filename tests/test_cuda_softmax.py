@@ -88,6 +88,41 @@ def test_gradients_at_lower_precision(metric: str, precision: str, matrix_units:
         assert relative_error(mine, true) < limit
 
 
+def symmetric_loss(x: Tensor, y: Tensor, metric: str, backend: str) -> list[Tensor]:
+    a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+    loss = fc.info_nce_loss(
+        a, b, metric=metric, temperature=0.7, symmetric=True, backend=backend,
+        precision="bf16x3" if x.dtype == torch.float32 else "ieee",
+    )  # fmt: skip
+    return [loss.detach(), *torch.autograd.grad(loss, [a, b])]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernels", ["differences", "matrix units", "double"])
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_columns_of_symmetric_losses(
+    metric: str, kernels: str, groups: int, many_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the rows' scores, several groups of rows to a block, several blocks to a column."""
+    m, n = 140, 150  # three groups of 64 rows, five of 32; tiles of 32 and 64 columns
+    blocks = -(-m // (64 if kernels == "matrix units" else 32))
+    parts = -(-blocks // groups)
+    monkeypatch.setattr(KERNELS + ".COLUMN_STATE_BYTES", parts * n * 16)
+    monkeypatch.setattr(KERNELS + ".TENSOR_MINIMUM", 0 if kernels == "matrix units" else 1 << 60)
+    dtype = torch.float64 if kernels == "double" else torch.float32
+    x, y = torch.randn(m, 21, dtype=dtype), torch.randn(n, 21, dtype=dtype)
+    x[3], y[7] = x[3] * 40, y[7] * 40  # largest scores that do not come first
+    cuda_emulation.module().launches()
+    found = symmetric_loss(x, y, metric, "native")
+    # Statistics, the merging of rows and of columns, losses, two gradients; and both sides rounded.
+    assert cuda_emulation.module().launches() == (8 if kernels == "matrix units" else 6)
+    truth = symmetric_loss(x.double(), y.double(), metric, "reference")
+    # Scores reach about 2000 there, in float32 known to some units in the last place.
+    limit = {"differences": 3e-4, "matrix units": 2000 * ROUNDING["bf16x3"], "double": 1e-12}
+    for mine, true in zip(found, truth, strict=True):
+        assert relative_error(mine, true) < limit[kernels]
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "dot"])

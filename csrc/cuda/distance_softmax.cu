@@ -5,10 +5,10 @@
 //   c of common/scores.h. Losses: one positive per row, by direct difference.
 // Tiling: a block owns 32 points of one side and streams tiles of 64 points (32 in double) of the
 //   other, a thread has 4 × 4 (4 × 2) of the scores. Their softmax stays in its registers; 16
-//   threads merge theirs when the last tile is through. In gradients the weights of a tile meet in
-//   shared memory, and the gradient of up to 256 coordinates (128 in double) stays in registers:
-//   more coordinates are further blocks, which compute the scores anew. The grid is 1-D; few owners
-//   share out the other side among blocks.
+//   threads merge theirs when the last tile is through (of columns: column_sums.h). In gradients
+//   the weights of a tile meet in shared memory, and the gradient of up to 256 coordinates (128 in
+//   double) stays in registers: more coordinates are further blocks, which compute the scores anew.
+//   The grid is 1-D; few owners share out the other side among blocks.
 // Memory: owners' and others' coordinates pass through shared memory 128 bytes of a point at a
 // time,
 //   the next ones copied (cp.async) while those are used; others come from the L2 cache, as all
@@ -19,6 +19,7 @@
 //   result, in a fixed order.
 #include "cuda/distance_softmax.h"
 
+#include "cuda/column_sums.h"
 #include "cuda/pair_scores.h"
 #include "cuda/point_tiles.h"
 
@@ -107,101 +108,118 @@ Walk<T> walk_of(const Pairs& pairs, bool owns_rows) {
   return walk;
 }
 
-template <typename T>
+template <typename T, bool with_columns>
 struct StatisticsTile {
   Stages<T> stages;
   Marks<OWNERS> own;
   Marks<Sizes<T>::OTHERS> other[2];  // of this tile and of the one before
+  ColumnSums<T, THREADS / WARP, with_columns ? Sizes<T>::OTHERS : 1> columns[2];
 };
 
-template <bool is_dot, typename T>
-__global__ void __launch_bounds__(THREADS, 2)
-    row_statistics(const Pairs pairs, const RowStatistics out, const Splits splits, Walk<T> walk) {
-  using S = Sizes<T>;
-  FASTCONTRAST_SHARED(StatisticsTile<T>, tile);
-  const int lane = threadIdx.x % LANES_OF_ROW, line = threadIdx.x / LANES_OF_ROW;
-  const int64_t split = blockIdx.x % splits.count, m = pairs.rows.count;
-  walk.first_own = blockIdx.x / splits.count * OWNERS;
-  walk.begin = split * splits.size;
-  walk.end = walk.begin + splits.size;
-  walk.end = walk.end < pairs.columns.count ? walk.end : pairs.columns.count;
-  const T scale2 = scale_of<T>(pairs) * T(LOG2_E);
-  const bool counts_all = out.column_count || out.rank;
-  SoftmaxState state[OWN];
-  RunningSoftmax<T> running[OWN];
-  T limit[OWN], total[OWN];
-  int number[OWN], above[OWN];
+// The sums of a thread's columns over its rows, and over those of the other lanes, to shared
+// memory.
+template <typename T>
+__device__ __forceinline__ void sum_columns(const T (&t)[OWN][Sizes<T>::OTHER],
+                                            ColumnSums<T, THREADS / WARP, Sizes<T>::OTHERS>& to) {
+  constexpr int OTHER = Sizes<T>::OTHER;
+  TopSum<T, T> sums[OTHER];
 #pragma unroll
-  for (int i = 0; i < OWN; ++i) {
-    const int64_t row = walk.first_own + line + i * (THREADS / LANES_OF_ROW);
-    state[i] = empty_state();
-    running[i].clear();
-    limit[i] = row < m ? value_at<T>(out.threshold, row) * T(LOG2_E) : T(0);
-    total[i] = T(0);
-    number[i] = above[i] = 0;
+  for (int j = 0; j < OTHER; ++j) {
+    const T column[OWN] = {t[0][j], t[1][j], t[2][j], t[3][j]};
+    sums[j] = top_sum(column);
   }
-  load_marks(pairs, true, walk.first_own, &tile->own);
-  walk.start(tile->stages);
-  int tiles = 0;
-  for (int64_t first = walk.begin; first < walk.end; first += S::OTHERS) {
-    Marks<S::OTHERS>& other = tile->other[tiles % 2];
-    load_marks(pairs, false, first, &other);
-    __syncthreads();
-    T t[OWN][S::OTHER];
-    tile_values<is_dot>(walk, tile->stages, first, t);
+  const int kept = merge_lanes<LANES_OF_ROW, WARP / 2>(sums);
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-      const int own = line + i * (THREADS / LANES_OF_ROW);
-#pragma unroll
-      for (int j = 0; j < S::OTHER; ++j) {
-        const int place = lane + j * LANES_OF_ROW;
-        const int64_t column = first + place;
-        const bool counts = column < walk.end && column != tile->own.first[own] &&
-                            column != tile->own.second[own] &&
-                            id_counts(pairs.keep, tile->own.id[own], other.id[place]);
-        t[i][j] = counts ? score_of(pairs.metric, t[i][j], scale2) : T(-INFINITY);
-        if (counts_all) {
-          total[i] += counts ? t[i][j] : T(0);
-          number[i] += counts;
-          above[i] += t[i][j] > limit[i];
-        }
-      }
-      running[i].add(t[i]);
-    }
-    if (++tiles % FLUSH == 0) {
-#pragma unroll
-      for (int i = 0; i < OWN; ++i) {
-        state[i] = merge(state[i], running[i].state());
-        running[i].clear();
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < OWN; ++i) {
-    const int64_t row = walk.first_own + line + i * (THREADS / LANES_OF_ROW);
-    finish_row<T, LANES_OF_ROW>(out, splits, split, m, row, merge(state[i], running[i].state()),
-                                (double)total[i], number[i], above[i]);
+  for (int j = 0; j < OTHER * LANES_OF_ROW / WARP; ++j) {
+    to.put(threadIdx.x % LANES_OF_ROW + (kept + j) * LANES_OF_ROW, sums[j]);
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(THREADS)
-    merge_splits(const RowStatistics out, const int64_t m, const int64_t splits) {
+template <bool is_dot, bool with_columns, typename T>
+__global__ void __launch_bounds__(THREADS, 2)
+    row_statistics(const Pairs pairs, const RowStatistics out, const ColumnStatistics columns,
+                   const Splits splits, Walk<T> walk) {
+  using S = Sizes<T>;
+  using Tile = StatisticsTile<T, with_columns>;
+  FASTCONTRAST_SHARED(Tile, tile);
+  const int lane = threadIdx.x % LANES_OF_ROW, line = threadIdx.x / LANES_OF_ROW;
+  const int64_t split = blockIdx.x % splits.count, part = blockIdx.x / splits.count;
+  const int64_t m = pairs.rows.count, n = pairs.columns.count;
+  walk.begin = split * splits.size;
+  walk.end = walk.begin + splits.size;
+  walk.end = walk.end < n ? walk.end : n;
+  const T scale2 = scale_of<T>(pairs) * T(LOG2_E);
   const bool counts_all = out.column_count || out.rank;
-  const int64_t stride = (int64_t)gridDim.x * THREADS;
-  for (int64_t row = (int64_t)blockIdx.x * THREADS + threadIdx.x; row < m; row += stride) {
-    SoftmaxState state = empty_state();
-    double total = 0;
-    int64_t number = 0, above = 0;
-    for (int64_t split = 0; split < splits; ++split) {
-      const double* const part = out.state + split * 4 * m + row;
-      state = merge(state, SoftmaxState{part[0], part[m], part[2 * m]});
-      if (!counts_all) continue;
-      total += part[3 * m];
-      number += out.counts[split * 2 * m + row];
-      above += out.counts[(split * 2 + 1) * m + row];
+  const int64_t groups = with_columns ? columns.groups : 1;
+  for (int64_t group = 0; group < groups; ++group) {
+    walk.first_own = (part * groups + group) * OWNERS;
+    if (walk.first_own >= m) break;
+    SoftmaxState state[OWN];
+    RunningSoftmax<T> running[OWN];
+    T limit[OWN], total[OWN];
+    int number[OWN], above[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+      const int64_t row = walk.first_own + line + i * (THREADS / LANES_OF_ROW);
+      state[i] = empty_state();
+      running[i].clear();
+      limit[i] = row < m ? value_at<T>(out.threshold, row) * T(LOG2_E) : T(0);
+      total[i] = T(0);
+      number[i] = above[i] = 0;
     }
-    write_statistics<T>(out, row, state, total, number, above);
+    load_marks(pairs, true, walk.first_own, &tile->own);
+    walk.start(tile->stages);
+    int tiles = 0;
+    for (int64_t first = walk.begin; first < walk.end; first += S::OTHERS) {
+      Marks<S::OTHERS>& other = tile->other[tiles % 2];
+      load_marks(pairs, false, first, &other);
+      __syncthreads();
+      if constexpr (with_columns) {  // those of the tile before are complete now
+        if (tiles > 0) {
+          tile->columns[(tiles - 1) % 2].add_to(columns, part, group, n, first - S::OTHERS, first);
+        }
+      }
+      T t[OWN][S::OTHER];
+      tile_values<is_dot>(walk, tile->stages, first, t);
+#pragma unroll
+      for (int i = 0; i < OWN; ++i) {
+        const int own = line + i * (THREADS / LANES_OF_ROW);
+#pragma unroll
+        for (int j = 0; j < S::OTHER; ++j) {
+          const int place = lane + j * LANES_OF_ROW;
+          const int64_t column = first + place;
+          const bool counts = column < walk.end && walk.first_own + own < m &&
+                              column != tile->own.first[own] && column != tile->own.second[own] &&
+                              id_counts(pairs.keep, tile->own.id[own], other.id[place]);
+          t[i][j] = counts ? score_of(pairs.metric, t[i][j], scale2) : T(-INFINITY);
+          if (counts_all) {
+            total[i] += counts ? t[i][j] : T(0);
+            number[i] += counts;
+            above[i] += t[i][j] > limit[i];
+          }
+        }
+        running[i].add(t[i]);
+      }
+      if constexpr (with_columns) sum_columns<T>(t, tile->columns[tiles % 2]);
+      if (++tiles % FLUSH == 0) {
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+          state[i] = merge(state[i], running[i].state());
+          running[i].clear();
+        }
+      }
+    }
+    if constexpr (with_columns) {
+      __syncthreads();  // and nobody reads what the next group of rows replaces
+      const int64_t last = walk.begin + (int64_t)(tiles - 1) * S::OTHERS;
+      tile->columns[(tiles - 1) % 2].add_to(columns, part, group, n, last, walk.end);
+    }
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+      const int64_t row = walk.first_own + line + i * (THREADS / LANES_OF_ROW);
+      finish_row<T, LANES_OF_ROW>(out, splits, split, m, row, merge(state[i], running[i].state()),
+                                  (double)total[i], number[i], above[i]);
+    }
   }
 }
 
@@ -366,19 +384,30 @@ __global__ void __launch_bounds__(THREADS, 2)
   }
 }
 
+template <bool is_dot, bool with_columns, typename T>
+void statistics(const Pairs& pairs, const RowStatistics& out, const ColumnStatistics& columns,
+                Splits splits, Stream stream) {
+  const int64_t m = pairs.rows.count, n = pairs.columns.count;
+  const unsigned parts = blocks_for(m, OWNERS * columns.groups);
+  using Tile = StatisticsTile<T, with_columns>;
+  static_assert(sizeof(Tile) <= 48 << 10, "more would have to be asked for");
+  FASTCONTRAST_LAUNCH(stream, parts * (unsigned)splits.count, THREADS, sizeof(Tile),
+                      (row_statistics<is_dot, with_columns, T>), pairs, out, columns, splits,
+                      walk_of<T>(pairs, true));
+  merge_row_statistics(out, pairs.type, m, splits, stream);
+  if (with_columns) merge_column_statistics(columns, pairs.type, n, parts, stream);
+}
+
 template <typename T>
-bool statistics(const Pairs& pairs, const RowStatistics& out, Splits splits, Stream stream) {
-  const int64_t m = pairs.rows.count;
-  const unsigned blocks = blocks_for(m, OWNERS) * (unsigned)splits.count;
-  const Walk<T> walk = walk_of<T>(pairs, true);
+bool statistics(const Pairs& pairs, const RowStatistics& out, const ColumnStatistics& columns,
+                Splits splits, Stream stream) {
   if (pairs.metric == Metric::dot) {
-    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, sizeof(StatisticsTile<T>),
-                        (row_statistics<true, T>), pairs, out, splits, walk);
+    columns.lse ? statistics<true, true, T>(pairs, out, columns, splits, stream)
+                : statistics<true, false, T>(pairs, out, columns, splits, stream);
   } else {
-    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, sizeof(StatisticsTile<T>),
-                        (row_statistics<false, T>), pairs, out, splits, walk);
+    columns.lse ? statistics<false, true, T>(pairs, out, columns, splits, stream)
+                : statistics<false, false, T>(pairs, out, columns, splits, stream);
   }
-  merge_statistics(out, pairs.type, m, splits, stream);
   return true;
 }
 
@@ -401,22 +430,11 @@ bool gradients(const Pairs& pairs, const ScoreGradients& from, const SideGradien
 
 }  // namespace
 
-void merge_statistics(const RowStatistics& out, Scalar type, int64_t m, Splits splits,
-                      Stream stream) {
-  if (splits.count == 1) return;
-  const unsigned blocks = blocks_for(m, THREADS);
-  if (type == Scalar::float64) {
-    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, 0, (merge_splits<double>), out, m, splits.count);
-  } else {
-    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, 0, (merge_splits<float>), out, m, splits.count);
-  }
-}
-
-bool distance_softmax_statistics(const Pairs& pairs, const RowStatistics& out, Splits splits,
-                                 Stream stream) {
+bool distance_softmax_statistics(const Pairs& pairs, const RowStatistics& out,
+                                 const ColumnStatistics& columns, Splits splits, Stream stream) {
   if (pairs.type == Scalar::uint8) return false;
-  return pairs.type == Scalar::float64 ? statistics<double>(pairs, out, splits, stream)
-                                       : statistics<float>(pairs, out, splits, stream);
+  return pairs.type == Scalar::float64 ? statistics<double>(pairs, out, columns, splits, stream)
+                                       : statistics<float>(pairs, out, columns, splits, stream);
 }
 
 bool distance_softmax_gradients(const Pairs& pairs, const ScoreGradients& from,

@@ -51,6 +51,14 @@ struct RowStatistics {
   int64_t* counts;        // [splits, 2, rows]: columns that count, columns above the threshold
 };
 
+// Of a symmetric loss, beside the rows' and from the same scores: over the rows that count.
+struct ColumnStatistics {
+  void* lse;       // T [columns], or null for none
+  void* residual;  // T [columns]
+  double* state;   // [parts, 2, columns], of each part of the rows: max and sum
+  int64_t groups;  // of rows that a block goes through: a part. 1 for none
+};
+
 // What the gradients by the scores follow from. Each T [rows], or null for zeros.
 struct ScoreGradients {
   const void *lse, *residual, *entropy;  // never null
@@ -103,18 +111,23 @@ struct RoundedPairs {
 bool round_points(const PointSet&, Scalar type, int64_t dim, const void* mean, Operand,
                   const RoundedPoints& to, Stream);
 // As those without "tensor"; gradients are added to what is there, and so zeros before.
-bool tensor_statistics(const RoundedPairs&, const RowStatistics&, Splits, Stream);
+bool tensor_statistics(const RoundedPairs&, const RowStatistics&, const ColumnStatistics&, Splits,
+                       Stream);
 bool tensor_gradients(const RoundedPairs&, const ScoreGradients&, const SideGradient&, Splits,
                       Stream);
 
 // All return false for a type of points without a kernel. The kernels of statistics and gradients
 // are launched even for points without coordinates; no side may be empty.
-bool distance_softmax_statistics(const Pairs&, const RowStatistics&, Splits, Stream);
+bool distance_softmax_statistics(const Pairs&, const RowStatistics&, const ColumnStatistics&,
+                                 Splits, Stream);
 bool distance_softmax_gradients(const Pairs&, const ScoreGradients&, const SideGradient&, Splits,
                                 Stream);
 bool distance_softmax_losses(const Pairs&, const RowLosses&, Stream);
-// Statistics of m rows from the state that several splits left; nothing to do for one.
-void merge_statistics(const RowStatistics&, Scalar type, int64_t m, Splits, Stream);
+// Statistics of the rows from the state that several splits left; nothing to do for one.
+void merge_row_statistics(const RowStatistics&, Scalar type, int64_t rows, Splits, Stream);
+// Of the columns, from that of all parts of the rows.
+void merge_column_statistics(const ColumnStatistics&, Scalar type, int64_t columns, int64_t parts,
+                             Stream);
 
 }  // namespace cuda
 }  // namespace fastcontrast

@@ -67,18 +67,22 @@ using Parts = std::array<std::int64_t, 2>;
 void statistics_entry(const PairArguments& of, const Where& where, const Parts& splits,
                       const std::optional<RoundedSides>& rounded,
                       const std::array<Address, 6>& results, Address threshold, Address state,
-                      Address counts) {
+                      Address counts, const std::array<Address, 3>& of_columns,
+                      std::int64_t groups) {
   const Pairs pairs = pairs_from(of);
   const RowStatistics out = {at<void>(results[0]),         at<void>(results[1]),
                              at<void>(results[2]),         at<void>(results[3]),
                              at<std::int64_t>(results[4]), at<const void>(threshold),
                              at<std::int64_t>(results[5]), at<double>(state),
                              at<std::int64_t>(counts)};
+  const ColumnStatistics columns = {at<void>(of_columns[0]), at<void>(of_columns[1]),
+                                    at<double>(of_columns[2]), groups};
   const Stream stream{where.first, at<void>(where.second)};
   const Splits parts{splits[0], splits[1]};
   py::gil_scoped_release release;
-  check(rounded ? tensor_statistics(rounded_pairs_from(pairs, *rounded), out, parts, stream)
-                : distance_softmax_statistics(pairs, out, parts, stream));
+  check(rounded
+            ? tensor_statistics(rounded_pairs_from(pairs, *rounded), out, columns, parts, stream)
+            : distance_softmax_statistics(pairs, out, columns, parts, stream));
 }
 
 void gradients_entry(const PairArguments& of, const Where& where, const Parts& splits,

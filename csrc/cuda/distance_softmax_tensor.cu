@@ -14,6 +14,7 @@
 //   gradient to the owner's row in memory, which this warp alone writes. Σ c (q - o) is formed with
 //   the rounded weights c~ on both sides and scaled by Σ c / Σ c~; weights of both signs take a
 //   second product for what rounding left over.
+#include "cuda/column_sums.h"
 #include "cuda/pair_scores.h"
 #include "cuda/tensor_walk.h"
 
@@ -23,96 +24,139 @@ namespace {
 
 constexpr int FLUSH = 16;  // tiles whose softmax is summed in float
 
+template <Operand kind, bool with_columns>
+struct StatisticsTile : TensorTile<kind, false> {
+  static constexpr int WIDTH = with_columns ? Unit<kind>::OTHERS : 1;
+  ColumnSums<float, TENSOR_THREADS / WARP, WIDTH> columns[2];  // of this tile and of the one before
+};
+
+// The sums of a lane's columns over its two rows, and over those of the warp, to shared memory.
 template <Operand kind>
+__device__ __forceinline__ void sum_columns(
+    const float (&t)[Shape<kind>::TILES][4],
+    ColumnSums<float, TENSOR_THREADS / WARP, Unit<kind>::OTHERS>& to) {
+  constexpr int COLUMNS = 2 * Shape<kind>::TILES;
+  const int lane = threadIdx.x % WARP;
+  TopSum<float, float> sums[COLUMNS];
+#pragma unroll
+  for (int c = 0; c < COLUMNS; ++c) {
+    const float column[2] = {t[c / 2][c % 2], t[c / 2][2 + c % 2]};
+    sums[c] = top_sum(column);
+  }
+  const int kept = merge_lanes<4, WARP / 2>(sums);
+#pragma unroll
+  for (int c = 0; c < COLUMNS / 8; ++c) {
+    const int place = kept + c;
+    to.put(other_of(lane, place / 2 * 4 + place % 2), sums[c]);
+  }
+}
+
+template <Operand kind, bool with_columns>
 __global__ void __launch_bounds__(TENSOR_THREADS, 2)
-    tensor_row_statistics(const Pairs pairs, const RowStatistics out, const Splits splits,
+    tensor_row_statistics(const Pairs pairs, const RowStatistics out,
+                          const ColumnStatistics columns, const Splits splits,
                           TensorWalk<kind> walk) {
   using S = Shape<kind>;
-  using Tile = TensorTile<kind, false>;
+  using Tile = StatisticsTile<kind, with_columns>;
   FASTCONTRAST_SHARED(Tile, tile);
   const int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * WARP_ROWS;
-  const int64_t split = blockIdx.x % splits.count, m = pairs.rows.count;
-  walk.first_own = blockIdx.x / splits.count * TENSOR_OWNERS;
+  const int64_t split = blockIdx.x % splits.count, part = blockIdx.x / splits.count;
+  const int64_t m = pairs.rows.count, n = pairs.columns.count;
   walk.begin = split * splits.size;
   walk.end = walk.begin + splits.size;
-  walk.end = walk.end < pairs.columns.count ? walk.end : pairs.columns.count;
+  walk.end = walk.end < n ? walk.end : n;
   const float scale2 = scale_of<float>(pairs) * float(LOG2_E);
   const bool is_dot = pairs.metric == Metric::dot, counts_all = out.column_count || out.rank;
-  SoftmaxState state[2] = {empty_state(), empty_state()};
-  RunningSoftmax<float> running[2];
-  float limit[2], total[2] = {0, 0};
-  int number[2] = {0, 0}, above[2] = {0, 0};
+  const int64_t groups = with_columns ? columns.groups : 1;
+  for (int64_t group = 0; group < groups; ++group) {
+    walk.first_own = (part * groups + group) * TENSOR_OWNERS;
+    if (walk.first_own >= m) break;
+    SoftmaxState state[2] = {empty_state(), empty_state()};
+    RunningSoftmax<float> running[2];
+    float limit[2], total[2] = {0, 0};
+    int number[2] = {0, 0}, above[2] = {0, 0};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t row = walk.first_own + warp_row + lane / 4 + 8 * half;
-    running[half].clear();
-    limit[half] = row < m ? value_at<float>(out.threshold, row) * float(LOG2_E) : 0.0f;
-  }
-  load_marks(pairs, true, walk.first_own, &tile->own);
-  load_norms<kind>(walk.own, m, walk.first_own, TENSOR_OWNERS, tile->own_norm);
-  walk.start(tile->stages);
-  int tiles = 0;
-  for (int64_t first = walk.begin; first < walk.end; first += S::OTHERS) {
-    Marks<S::OTHERS>& other = tile->other[tiles % 2];
-    load_marks(pairs, false, first, &other);
-    load_norms<kind>(walk.other, pairs.columns.count, first, S::OTHERS,
-                     tile->other_norm[tiles % 2]);
-    __syncthreads();
-    float t[S::TILES][4];
-    walk.products(tile->stages, first, !is_dot, t);
-    uint32_t near = 0, counting = 0;
-    if (!is_dot) near = square_distances<kind>(tile->own_norm, tile->other_norm[tiles % 2], t);
-#pragma unroll
-    for (int i = 0; i < 4 * S::TILES; ++i) {
-      const int own = warp_row + owner_of(lane, i), place = other_of(lane, i);
-      const int64_t column = first + place;
-      const bool counts = column < walk.end && walk.first_own + own < m &&
-                          column != tile->own.first[own] && column != tile->own.second[own] &&
-                          id_counts(pairs.keep, tile->own.id[own], other.id[place]);
-      if (counts) counting |= 1u << i;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = walk.first_own + warp_row + lane / 4 + 8 * half;
+      running[half].clear();
+      limit[half] = row < m ? value_at<float>(out.threshold, row) * float(LOG2_E) : 0.0f;
     }
-    near &= counting;
-    for (unsigned lanes; (lanes = __ballot_sync(ALL_LANES, near != 0)) != 0;) {
-      const int source = __ffs(lanes) - 1;
-      const int i = __shfl_sync(ALL_LANES, __ffs(near) - 1, source);
-      const float direct =
-          direct_value(pairs, pairs.rows, walk.first_own + warp_row + owner_of(source, i),
-                       pairs.columns, first + other_of(source, i));
-      if (lane != source) continue;
-      near &= near - 1;
+    load_marks(pairs, true, walk.first_own, &tile->own);
+    load_norms<kind>(walk.own, m, walk.first_own, TENSOR_OWNERS, tile->own_norm);
+    walk.start(tile->stages);
+    int tiles = 0;
+    for (int64_t first = walk.begin; first < walk.end; first += S::OTHERS) {
+      Marks<S::OTHERS>& other = tile->other[tiles % 2];
+      load_marks(pairs, false, first, &other);
+      load_norms<kind>(walk.other, n, first, S::OTHERS, tile->other_norm[tiles % 2]);
+      __syncthreads();
+      if constexpr (with_columns) {  // those of the tile before are complete now
+        if (tiles > 0) {
+          tile->columns[(tiles - 1) % 2].add_to(columns, part, group, n, first - S::OTHERS, first);
+        }
+      }
+      float t[S::TILES][4];
+      walk.products(tile->stages, first, !is_dot, t);
+      uint32_t near = 0, counting = 0;
+      if (!is_dot) near = square_distances<kind>(tile->own_norm, tile->other_norm[tiles % 2], t);
 #pragma unroll
-      for (int j = 0; j < 4 * S::TILES; ++j) t[j / 4][j % 4] = j == i ? direct : t[j / 4][j % 4];
+      for (int i = 0; i < 4 * S::TILES; ++i) {
+        const int own = warp_row + owner_of(lane, i), place = other_of(lane, i);
+        const int64_t column = first + place;
+        const bool counts = column < walk.end && walk.first_own + own < m &&
+                            column != tile->own.first[own] && column != tile->own.second[own] &&
+                            id_counts(pairs.keep, tile->own.id[own], other.id[place]);
+        if (counts) counting |= 1u << i;
+      }
+      near &= counting;
+      for (unsigned lanes; (lanes = __ballot_sync(ALL_LANES, near != 0)) != 0;) {
+        const int source = __ffs(lanes) - 1;
+        const int i = __shfl_sync(ALL_LANES, __ffs(near) - 1, source);
+        const float direct =
+            direct_value(pairs, pairs.rows, walk.first_own + warp_row + owner_of(source, i),
+                         pairs.columns, first + other_of(source, i));
+        if (lane != source) continue;
+        near &= near - 1;
+#pragma unroll
+        for (int j = 0; j < 4 * S::TILES; ++j) t[j / 4][j % 4] = j == i ? direct : t[j / 4][j % 4];
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float scores[2 * S::TILES];
+#pragma unroll
+        for (int j = 0; j < 2 * S::TILES; ++j) {
+          const int i = j / 2 * 4 + 2 * half + j % 2;
+          const bool counts = counting >> i & 1u;
+          const float score = counts ? score_of(pairs.metric, t[i / 4][i % 4], scale2) : -INFINITY;
+          if (counts_all) {
+            total[half] += counts ? score : 0.0f;
+            number[half] += counts;
+            above[half] += score > limit[half];
+          }
+          scores[j] = t[i / 4][i % 4] = score;
+        }
+        running[half].add(scores);
+      }
+      if constexpr (with_columns) sum_columns<kind>(t, tile->columns[tiles % 2]);
+      if (++tiles % FLUSH == 0) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          state[half] = merge(state[half], running[half].state());
+          running[half].clear();
+        }
+      }
+    }
+    if constexpr (with_columns) {
+      __syncthreads();  // and nobody reads what the next group of rows replaces
+      const int64_t last = walk.begin + (int64_t)(tiles - 1) * S::OTHERS;
+      tile->columns[(tiles - 1) % 2].add_to(columns, part, group, n, last, walk.end);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float scores[2 * S::TILES];
-#pragma unroll
-      for (int j = 0; j < 2 * S::TILES; ++j) {
-        const int i = j / 2 * 4 + 2 * half + j % 2;
-        const bool counts = counting >> i & 1u;
-        const float score = counts ? score_of(pairs.metric, t[i / 4][i % 4], scale2) : -INFINITY;
-        if (counts_all) {
-          total[half] += counts ? score : 0.0f;
-          number[half] += counts;
-          above[half] += score > limit[half];
-        }
-        scores[j] = score;
-      }
-      running[half].add(scores);
+      finish_row<float, 4>(out, splits, split, m, walk.first_own + warp_row + lane / 4 + 8 * half,
+                           merge(state[half], running[half].state()), (double)total[half],
+                           number[half], above[half]);
     }
-    if (++tiles % FLUSH == 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        state[half] = merge(state[half], running[half].state());
-        running[half].clear();
-      }
-    }
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    finish_row<float, 4>(out, splits, split, m, walk.first_own + warp_row + lane / 4 + 8 * half,
-                         merge(state[half], running[half].state()), (double)total[half],
-                         number[half], above[half]);
   }
 }
 
@@ -298,13 +342,25 @@ __global__ void __launch_bounds__(TENSOR_THREADS, 2)
 
 constexpr size_t MOST_SHARED = 48 << 10;  // without asking for more
 
-template <Operand kind>
-void statistics(const RoundedPairs& of, const RowStatistics& out, Splits splits, Stream stream) {
-  const unsigned blocks = blocks_for(of.pairs.rows.count, TENSOR_OWNERS) * (unsigned)splits.count;
-  FASTCONTRAST_LAUNCH(stream, blocks, TENSOR_THREADS, sizeof(TensorTile<kind, false>),
-                      (tensor_row_statistics<kind>), of.pairs, out, splits,
+template <Operand kind, bool with_columns>
+void statistics(const RoundedPairs& of, const RowStatistics& out, const ColumnStatistics& columns,
+                Splits splits, Stream stream) {
+  using Tile = StatisticsTile<kind, with_columns>;
+  static_assert(sizeof(Tile) <= MOST_SHARED);
+  const int64_t m = of.pairs.rows.count, n = of.pairs.columns.count;
+  const unsigned parts = blocks_for(m, TENSOR_OWNERS * columns.groups);
+  FASTCONTRAST_LAUNCH(stream, parts * (unsigned)splits.count, TENSOR_THREADS, sizeof(Tile),
+                      (tensor_row_statistics<kind, with_columns>), of.pairs, out, columns, splits,
                       walk_of<kind>(of, true));
-  merge_statistics(out, of.pairs.type, of.pairs.rows.count, splits, stream);
+  merge_row_statistics(out, of.pairs.type, m, splits, stream);
+  if (with_columns) merge_column_statistics(columns, of.pairs.type, n, parts, stream);
+}
+
+template <Operand kind>
+void statistics(const RoundedPairs& of, const RowStatistics& out, const ColumnStatistics& columns,
+                Splits splits, Stream stream) {
+  columns.lse ? statistics<kind, true>(of, out, columns, splits, stream)
+              : statistics<kind, false>(of, out, columns, splits, stream);
 }
 
 template <Operand kind>
@@ -326,18 +382,18 @@ bool has_kernel(const RoundedPairs& of) {
 
 }  // namespace
 
-bool tensor_statistics(const RoundedPairs& of, const RowStatistics& out, Splits splits,
-                       Stream stream) {
+bool tensor_statistics(const RoundedPairs& of, const RowStatistics& out,
+                       const ColumnStatistics& columns, Splits splits, Stream stream) {
   if (!has_kernel(of)) return false;
   switch (of.operand) {
     case Operand::bf16:
-      statistics<Operand::bf16>(of, out, splits, stream);
+      statistics<Operand::bf16>(of, out, columns, splits, stream);
       return true;
     case Operand::tf32:
-      statistics<Operand::tf32>(of, out, splits, stream);
+      statistics<Operand::tf32>(of, out, columns, splits, stream);
       return true;
     case Operand::bf16x3:
-      statistics<Operand::bf16x3>(of, out, splits, stream);
+      statistics<Operand::bf16x3>(of, out, columns, splits, stream);
       return true;
   }
   return false;

@@ -166,13 +166,18 @@ struct RunningSoftmax {
 };
 
 template <typename T>
-FC_INLINE void write_statistics(const RowStatistics& out, int64_t row, SoftmaxState state,
-                                double total, int64_t number, int64_t above) {
+FC_INLINE void write_log_sum(void* to, void* residual, int64_t index, SoftmaxState state) {
   const double lse = log_sum_exp(state);
   const T rounded = (T)lse;
   const bool infinite = rounded == T(INFINITY) || rounded == T(-INFINITY);
-  ((T*)out.lse)[row] = rounded;
-  ((T*)out.residual)[row] = infinite ? T(0) : (T)(lse - (double)rounded);
+  ((T*)to)[index] = rounded;
+  ((T*)residual)[index] = infinite ? T(0) : (T)(lse - (double)rounded);
+}
+
+template <typename T>
+FC_INLINE void write_statistics(const RowStatistics& out, int64_t row, SoftmaxState state,
+                                double total, int64_t number, int64_t above) {
+  write_log_sum<T>(out.lse, out.residual, row, state);
   ((T*)out.entropy)[row] = (T)entropy(state);
   if (out.score_sum) ((T*)out.score_sum)[row] = (T)(total * LN_2);
   if (out.column_count) out.column_count[row] = number;

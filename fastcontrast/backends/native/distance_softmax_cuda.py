@@ -4,7 +4,9 @@ The kernels of csrc/cuda/distance_softmax.cu and softmax_loss.cu take the points
 any layout, and every distance as the norm of a difference: nothing is centred or prepared, so that
 a loss with its gradients is four launches. Where rounded products are allowed and are many,
 round_points.cu centres and rounds both sides, and distance_softmax_tensor.cu multiplies them in
-matrix units. Memory is O((M+N)·D). Called by distance_softmax.py of this folder.
+matrix units. A symmetric loss takes the softmax of rows and of columns from the same scores, with
+one launch more that merges those of columns. Memory is O((M+N)·D), and COLUMN_STATE_BYTES for
+columns. Called by distance_softmax.py of this folder.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ from fastcontrast.backends.scores import (
     empty_statistics,
     gradients_of_nothing,
     statistics_of_nothing,
-    transposed,
 )
 
 # Multiplications of a product, M·N·D, from which matrix units are used where rounding is allowed:
@@ -39,6 +40,8 @@ TENSOR_MINIMUM = 1 << 27
 BLOCKS_PER_PROCESSOR = 3
 # Tiles that a block should at least have to do: more splits would cost more than they bring.
 TILES_PER_SPLIT = 2
+# Of what parts of the rows bring to the log-sum-exp of every column; never less than one part.
+COLUMN_STATE_BYTES = 64 << 20
 
 
 class _Tile(NamedTuple):
@@ -98,14 +101,14 @@ def softmax_loss(
     if m == 0 or n == 0:
         return LossGradients(x.new_zeros(m, dtype=acc), *gradients_of_nothing(x, y, needs))
     pairs = _Pairs(x, y, scores)
-    rows = _statistics(pairs, None, False)
     a, b, c = (None if w is None else w.detach().to(acc).contiguous() for w in weights)
-    columns = column_grad = None
+    column_lse: tuple[Tensor | None, Tensor | None] = (None, None)
+    column_grad = None
     if c is not None:  # the other direction of a symmetric loss
-        columns = _statistics(pairs.exchanged(transposed(scores, n)), None, False)
+        column_lse = (x.new_empty(n, dtype=acc), x.new_empty(n, dtype=acc))
         column_grad = x.new_zeros(n, dtype=acc)
+    rows = _statistics(pairs, None, False, column_lse)
     loss, grad_lse, grad_positive = x.new_empty(3, m, dtype=acc)
-    column_lse = (None, None) if columns is None else columns[:2]
     pairs.kernels.distance_softmax_losses(
         pairs.arguments,
         pairs.workers,
@@ -170,9 +173,7 @@ def _operand(x: Tensor, y: Tensor, precision: str) -> str | None:
 class _Pairs:
     """Points and mask of a call, as the C++ functions take them."""
 
-    def __init__(
-        self, x: Tensor, y: Tensor, scores: Scores, rounded: list[_Rounded] | None = None
-    ) -> None:
+    def __init__(self, x: Tensor, y: Tensor, scores: Scores) -> None:
         self.x, self.y = x.detach().resolve_neg(), y.detach().resolve_neg()
         self.acc = accumulator_dtype(x.dtype)
         number, scale = 0.0, None  # on the host, or on the device
@@ -190,10 +191,9 @@ class _Pairs:
         self.workers = devices.workers(x, 1)
         operand = _operand(x, y, scores.precision)
         self.tile = TILES[operand or ("float64" if x.dtype == torch.float64 else "float32")]
-        self.rounded, self.rounded_sides = rounded, None
+        self.rounded = self.rounded_sides = None
         if operand is not None:
-            if self.rounded is None:
-                self.rounded = self.round(operand, scores.metric)
+            self.rounded = self.round(operand, scores.metric)
             self.rounded_sides = (OPERANDS.index(operand), *(r.argument for r in self.rounded))
         self.arguments = (
             (self.x.data_ptr(), x.shape[0], *self.x.stride()),
@@ -210,10 +210,6 @@ class _Pairs:
             _address(self.column_ids),
         )
 
-    def exchanged(self, scores: Scores) -> _Pairs:
-        """Of y against x, with scores that are these transposed."""
-        return _Pairs(self.y, self.x, scores, self.rounded and self.rounded[::-1])
-
     def round(self, operand: str, metric: str) -> list[_Rounded]:
         """Both sides, less the mean of the columns where float32 points have distances."""
         centred = metric != "dot" and self.x.dtype == torch.float32
@@ -228,22 +224,37 @@ class _Pairs:
             found.append(to)
         return found
 
-    def splits(self, owners: int, others: int, parts: int) -> tuple[int, int]:
+    def blocks(self, owners: int) -> int:
+        """Blocks that own so many points."""
+        return -(-owners // self.tile.owners)
+
+    def splits(self, blocks: int, others: int) -> tuple[int, int]:
         """Parts of the other side for which blocks of their own run, and the size of one."""
         tiles = -(-others // self.tile.others)
         wanted = BLOCKS_PER_PROCESSOR * devices.processors(self.x)
-        blocks = -(-owners // self.tile.owners) * parts
         count = max(1, min(wanted // blocks, tiles // TILES_PER_SPLIT))
         size = -(-tiles // count) * self.tile.others
         return -(-others // size), size
 
 
-def _statistics(pairs: _Pairs, threshold: Tensor | None, score_sum: bool) -> Statistics:
+def _statistics(
+    pairs: _Pairs,
+    threshold: Tensor | None,
+    score_sum: bool,
+    column_lse: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Statistics:
+    """Those of the rows; where given, fills log-sum-exp and residual of the columns, too."""
     x = pairs.x
-    m = x.shape[0]
+    m, n = x.shape[0], pairs.y.shape[0]
     out = empty_statistics(x, score_sum=score_sum, rank=threshold is not None)
     limit = None if threshold is None else threshold.detach().to(pairs.acc).contiguous()
-    splits = pairs.splits(m, pairs.y.shape[0], 1)
+    blocks, groups, column_state = pairs.blocks(m), 1, None
+    if column_lse[0] is not None:  # a block goes through several groups of rows
+        most = max(1, COLUMN_STATE_BYTES // (2 * n * torch.float64.itemsize))
+        groups = -(-blocks // most)
+        blocks = -(-blocks // groups)
+        column_state = x.new_empty(blocks, 2, n, dtype=torch.float64)
+    splits = pairs.splits(blocks, n)
     state = counts = None
     if splits[0] > 1:
         state = x.new_empty(splits[0], 4, m, dtype=torch.float64)
@@ -257,6 +268,8 @@ def _statistics(pairs: _Pairs, threshold: Tensor | None, score_sum: bool) -> Sta
         _address(limit),
         _address(state),
         _address(counts),
+        tuple(map(_address, (*column_lse, column_state))),
+        groups,
     )
     return out
 
@@ -287,7 +300,7 @@ def _side(
     own, other = (pairs.x, pairs.y) if rows else (pairs.y, pairs.x)
     count, dim = own.shape
     parts = max(1, -(-dim // pairs.tile.part)) if needs_points else 1
-    splits = pairs.splits(count, other.shape[0], parts)
+    splits = pairs.splits(pairs.blocks(count) * parts, other.shape[0])
     shape = (splits[0], count, dim) if needs_points else (0,)
     # Matrix units add to what is there: near pairs come first.
     make = own.new_empty if pairs.rounded is None else own.new_zeros
