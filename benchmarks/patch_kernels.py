@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 import triton.language as tl
 
 from fastcontrast.backends.triton import launch as launches
-from fastcontrast.backends.triton.extract_patches import (
-    cut_patches_kernel,
-    gather_gradients_kernel,
-)
+from fastcontrast.backends.triton.extract_patches import gather_gradients_kernel
+from fastcontrast.backends.triton.patch_cuts import cut_patches_kernel, random_patches_kernel
 from fastcontrast.backends.triton.patch_draws import NOT_SPECIALIZED, sample_coords_kernel
 
 if TYPE_CHECKING:
@@ -23,6 +21,7 @@ KERNELS = {
     "patches cut": cut_patches_kernel,
     "patches gathered": gather_gradients_kernel,
     "patches drawn": sample_coords_kernel,
+    "patches drawn and cut": random_patches_kernel,
 }
 # What becomes of a box, as the column "metric" of the table names it. Other than plain ones are
 # flipped, normalised and of an index.
@@ -30,6 +29,7 @@ METHODS = {
     "patches cut": ("plain", "nearest", "bilinear"),
     "patches gathered": ("plain", "bilinear", "bilinear, reflected"),
     "patches drawn": ("plain", "of random size"),
+    "patches drawn and cut": ("plain", "bilinear"),
 }
 IMAGE_SIDE = 224
 ALIGNED = (
@@ -79,6 +79,9 @@ def constants_of(entry: Entry, _: launches.Launch) -> dict[str, Any]:
         "image_column": 1, "out_column": 1, "COPY": False, "OFFSET": entry.many, "FILL": False,
         "CHANNELS_LAST": False, "PATCHES": sizes.outer,
     }  # fmt: skip
+    if entry.kernel == "patches drawn and cut":  # of random size where they are resized
+        own |= {"FLIPS": entry.many, "key": None, "sample_ids": None}
+        absent = ("maps", "index", "factors") if plain else ()
     if entry.kernel == "patches gathered":
         own = {"grad_column": 1, "FOLDS": 9 if reflected else 1, "CHANNELS": sizes.outer}
     taken = KERNELS[entry.kernel].arg_names
@@ -88,6 +91,7 @@ def constants_of(entry: Entry, _: launches.Launch) -> dict[str, Any]:
 def _sizes(kernel: str, side: int, plain: bool) -> launches.PatchLaunch:
     name, *shape = {
         "patches cut": ("cut", 1 << 20, 3 * side, side),
+        "patches drawn and cut": ("cut", 1 << 20, 3 * side, side),
         "patches gathered": ("gather" if plain else "gather resized", 3, IMAGE_SIDE, IMAGE_SIDE),
         "patches drawn": ("draw", 1, 1, 1 << 30),
     }[kernel]

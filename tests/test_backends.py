@@ -202,7 +202,9 @@ def test_every_entry_exists_in_every_backend() -> None:
             if backends.why_not(name, op, torch.empty(0)) is None:
                 assert all(callable(getattr(module, f)) for f in functions), (name, op)
     # One that a backend may have: it draws and cuts at once.
-    assert backends.has("native", "random_patches_forward")
+    for name in ("native", "triton"):
+        if backends.why_not(name, "extract_patches", torch.empty(0)) is None:
+            assert backends.has(name, "random_patches_forward")
 
 
 def test_the_tests_cover_every_backend() -> None:

@@ -88,6 +88,37 @@ def test_a_million_draws(scale: tuple[float, float] | None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(size=(9, 11), hflip=0.5, vflip=0.5, grid=(2, 2), padding=4, padding_mode="edge"),
+        dict(size=(4, 5), scale=(0.2, 0.9), hflip=0.5, std=0.5, layout="NHWC"),
+        dict(size=3, min_distance=3),
+    ],
+    ids=str,
+)  # fmt: skip
+@NEEDS_TRITON
+@pytest.mark.usefixtures("_small_tiles")
+def test_drawn_and_cut_at_once(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes, flips and pixels of drawing and cutting apart, from one launch, over tile borders."""
+    from fastcontrast.backends.triton import extract_patches as module
+
+    images = torch.rand(3, 2, 14, 23, dtype=torch.float64)
+    options = options | dict(index=torch.tensor([2, 0]), seed=2**63 + 5, step=2**40)
+    true = random_patches(images, 2, backend="reference", **options)
+    if "min_distance" not in options:
+
+        def launched(*_: Any) -> int:
+            raise AssertionError("a launch of its own")
+
+        monkeypatch.setattr(module, "sample_coords", launched)
+    found = random_patches(images, 2, backend="triton", **options)
+    assert torch.equal(found.coords, true.coords)
+    assert torch.equal(found.flips, true.flips)
+    # Of values up to 2, rounded by a few eps.
+    torch.testing.assert_close(found.data, true.data, rtol=0, atol=2e-15)
+
+
 @NEEDS_TRITON
 @pytest.mark.usefixtures("_on_triton")
 def test_seed_and_step_are_read_where_they_lie() -> None:

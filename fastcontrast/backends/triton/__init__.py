@@ -36,6 +36,7 @@ ENTRIES: dict[str, str] = {
     "first_invalid_box": "extract_patches",
     "extract_patches_forward": "extract_patches",
     "extract_patches_backward": "extract_patches",
+    "random_patches_forward": "extract_patches",
     "triplet_distances_forward": "triplet_distances",
     "triplet_distances_backward": "triplet_distances",
     "triplet_difference_forward": "triplet_distances",

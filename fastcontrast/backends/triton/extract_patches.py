@@ -1,10 +1,13 @@
 """`extract_patches` in Triton: one launch from images to finished patches, and one back.
 
+`random_patches` is one launch forward as well, which draws the boxes that it cuts; boxes that keep
+their distance from earlier ones are drawn first, by the reference.
+
 Maths: out[b,k,c,y,x] = a_c·images[b,c,Y,X] + b_c, where (Y, X) walks the box of patch (b,k),
     backwards along a flipped axis; where the box is resized, images is the crop resized, and beyond
     the image its padding. Backward the transpose: grad_images[b,c,Y,X] is a_c times the sum of
     weight·grad[b,k,c,y,x] over the pixels that (Y, X) has a part in. patch_pixels.py has the
-    weights, sample_coords.py the draws.
+    weights, patch_draws.py the draws, patch_cuts.py the kernels of the forward direction.
 Tiling: forward, a program owns some lines of one or several patches, in the order of the output's
     memory; backward, a tile of pixels of some channels of one image, for which it asks every box of
     the image, in order. Grids are 1-D. Taps of all pixels of a tile are walked together.
@@ -25,21 +28,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcontrast.backends.patch_sets import Pixels, rows_of_images
+from fastcontrast.backends.patch_sets import Draws, Pixels, rows_of_images
 from fastcontrast.backends.reference import first_invalid_box
 from fastcontrast.backends.triton import INTERPRETED
 from fastcontrast.backends.triton.launch import patch_launch
+from fastcontrast.backends.triton.patch_cuts import (
+    cut_patches_kernel,
+    load_pixels,
+    random_patches_kernel,
+)
+from fastcontrast.backends.triton.patch_draws import (
+    are_constrained,
+    draw_arguments,
+    sample_coords,
+)
 from fastcontrast.backends.triton.patch_pixels import (
     narrow,
-    numerator,
     numerators,
-    padded_position,
     pixels_made_of,
     standing_for,
     tap_radius,
@@ -48,131 +60,19 @@ from fastcontrast.backends.triton.patch_pixels import (
     widen,
 )
 
-__all__ = ["extract_patches_backward", "extract_patches_forward", "first_invalid_box"]
+__all__ = [
+    "extract_patches_backward",
+    "extract_patches_forward",
+    "first_invalid_box",
+    "random_patches_forward",
+]
 
 # Integers that are copied where bits are.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+IMAGE_STRIDES = ("image_stride", "image_channel", "image_row", "image_column")
+OUT_STRIDES = ("out_stride", "out_channel", "out_row", "out_column")
 # Sides of padded images and of patches up to which all products of an axis fit into 32 bits.
 NARROW_SIDE = 1 << 14
-
-
-@triton.jit
-def load_pixels(at, row, column, mask, row_stride, column_stride, fill, PADDING: tl.constexpr):
-    """Pixels at positions of the image; ``fill`` at negative ones."""
-    if PADDING == "constant":
-        inside = (row >= 0) & (column >= 0)
-        at += tl.maximum(row, 0).to(tl.int64) * row_stride
-        at += tl.maximum(column, 0).to(tl.int64) * column_stride
-        value = tl.load(at, mask=mask & inside, other=0)
-    else:
-        at += row.to(tl.int64) * row_stride
-        at += column.to(tl.int64) * column_stride
-        value = tl.load(at, mask=mask, other=0)
-    return value
-
-
-@triton.jit
-def cut_patches_kernel(
-    images, coords, flips, index, maps, out, patches, num_patches, channels, image_height,
-    image_width, height, width, line_blocks, column_blocks,
-    image_stride, image_channel, image_row, image_column,
-    out_stride, out_channel, out_row, out_column,
-    COPY: tl.constexpr, METHOD: tl.constexpr, ANTIALIAS: tl.constexpr, PADDING: tl.constexpr,
-    SCALE: tl.constexpr, OFFSET: tl.constexpr, FILL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    INT: tl.constexpr, ACC: tl.constexpr,
-    PATCHES: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Pixels [PATCHES, LINES, COLUMNS] of the patches: lines (channel, row) of columns.
-
-    CHANNELS_LAST: lines are rows, of (column, channel).
-    """
-    program = tl.program_id(0)
-    column = program % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    program = program // column_blocks
-    line = program % line_blocks * LINES + tl.arange(0, LINES)
-    patch = (program // line_blocks).to(tl.int64) * PATCHES + tl.arange(0, PATCHES)
-    line, column = line[None, :, None], column[None, None, :]
-    if CHANNELS_LAST:
-        x, channel, y = column // channels, column % channels, line
-        in_patch = (line < height) & (column < width * channels)
-        to = column.to(tl.int64) + y.to(tl.int64) * out_row
-    else:
-        channel, y, x = line // height, line % height, column
-        in_patch = (line < channels * height) & (column < width)
-        to = channel.to(tl.int64) * out_channel + y.to(tl.int64) * out_row
-        to += x.to(tl.int64) * out_column
-    in_patches = patch < patches
-    box = coords + 4 * patch
-    top = tl.load(box, mask=in_patches, other=0).to(INT)[:, None, None]
-    left = tl.load(box + 1, mask=in_patches, other=0).to(INT)[:, None, None]
-    image = patch // num_patches
-    if index is not None:
-        image = tl.load(index + image, mask=in_patches, other=0)
-    y, x = y.to(INT), x.to(INT)
-    if flips is not None:
-        flip = tl.load(flips + patch, mask=in_patches, other=0)[:, None, None]
-        y = tl.where((flip & 2) != 0, height - 1 - y, y)
-        x = tl.where((flip & 1) != 0, width - 1 - x, x)
-    mask = in_patches[:, None, None] & in_patch
-    at = images + (image * image_stride)[:, None, None] + channel.to(tl.int64) * image_channel
-    fill = 0.0
-    if FILL:
-        fill = tl.load(maps + 2 * channels + channel, mask=in_patch, other=0.0)
-    if METHOD == "bilinear":
-        box_height = tl.load(box + 2, mask=in_patches, other=1).to(INT)[:, None, None]
-        box_width = tl.load(box + 3, mask=in_patches, other=1).to(INT)[:, None, None]
-        radius_y = tap_radius(box_height, height, ANTIALIAS)
-        radius_x = tap_radius(box_width, width, ANTIALIAS)
-        begin_y, end_y = taps(y, box_height, height, radius_y, METHOD)
-        begin_x, end_x = taps(x, box_width, width, radius_x, METHOD)
-        total_y = numerators(y, begin_y, end_y, box_height, height, radius_y)
-        total_x = numerators(x, begin_x, end_x, box_width, width, radius_x)
-        value = tl.full([PATCHES, LINES, COLUMNS], -0.0, dtype=ACC)
-        for step_x in range(0, tl.max(end_x - begin_x).to(tl.int32)):
-            tap_x = begin_x + step_x
-            used_x = tap_x < end_x
-            source_x = padded_position(tl.minimum(tap_x, end_x - 1) + left, image_width, PADDING)
-            weight_x = weight_of(numerator(x, tap_x, box_width, width, radius_x), total_x, ACC)
-            mixed = tl.full([PATCHES, LINES, COLUMNS], -0.0, dtype=ACC)
-            for step_y in range(0, tl.max(end_y - begin_y).to(tl.int32)):
-                tap_y = begin_y + step_y
-                used_y = tap_y < end_y
-                source_y = padded_position(
-                    tl.minimum(tap_y, end_y - 1) + top, image_height, PADDING
-                )
-                weight_y = weight_of(
-                    numerator(y, tap_y, box_height, height, radius_y), total_y, ACC
-                )
-                pixel = load_pixels(
-                    at, source_y, source_x, mask & used_x & used_y, image_row, image_column, fill,
-                    PADDING,
-                )  # fmt: skip
-                pixel = widen(pixel, ACC)
-                if FILL:
-                    pixel = tl.where((source_y >= 0) & (source_x >= 0), pixel, fill)
-                # What is not used may not count, nor make a NaN of an infinite pixel.
-                mixed = tl.where(used_y, mixed + weight_y * pixel, mixed)
-            value = tl.where(used_x, value + weight_x * mixed, value)
-    else:
-        if METHOD == "nearest":
-            box_height = tl.load(box + 2, mask=in_patches, other=1).to(INT)[:, None, None]
-            box_width = tl.load(box + 3, mask=in_patches, other=1).to(INT)[:, None, None]
-            y, _ = taps(y, box_height, height, height, METHOD)
-            x, _ = taps(x, box_width, width, width, METHOD)
-        source_y = padded_position(y + top, image_height, PADDING)
-        source_x = padded_position(x + left, image_width, PADDING)
-        value = load_pixels(at, source_y, source_x, mask, image_row, image_column, fill, PADDING)
-        if not COPY:
-            value = widen(value, ACC)
-        if FILL:
-            value = tl.where((source_y >= 0) & (source_x >= 0), value, fill)
-    if SCALE:
-        value *= tl.load(maps + channel, mask=in_patch, other=0.0)
-    if OFFSET:
-        value += tl.load(maps + channels + channel, mask=in_patch, other=0.0)
-    if not COPY:
-        value = narrow(value, out.dtype.element_ty)
-    tl.store(out + (patch * out_stride)[:, None, None] + to, value, mask=mask)
 
 
 @triton.jit
@@ -303,6 +203,43 @@ def extract_patches_forward(
     out: Tensor,
 ) -> None:
     """Write ``scale·pixel + offset`` of every box into ``out`` [B, K, C, h, w]."""
+    boxes = {"coords": coords.contiguous(), "flips": _contiguous(flips)}
+    _cut(cut_patches_kernel, images, index, pixels, out, boxes)
+
+
+def random_patches_forward(
+    images: Tensor,
+    coords: Tensor,
+    flips: Tensor,
+    sample_ids: Tensor | None,
+    key: Tensor | None,
+    draws: Draws,
+    index: Tensor | None,
+    pixels: Pixels,
+    out: Tensor,
+) -> int:
+    """:func:`sample_coords`, then :func:`extract_patches_forward`; in one launch if it can be."""
+    flipped = any(draws.thresholds)
+    if are_constrained(draws) or out.numel() == 0:
+        lost = sample_coords(coords, flips, sample_ids, key, draws)
+        if lost < 0:
+            extract_patches_forward(images, coords, flips if flipped else None, index, pixels, out)
+        return lost
+    drawn = {"coords": coords, "flips": flips, "FLIPS": flipped}
+    drawn |= draw_arguments(sample_ids, key, draws)
+    _cut(random_patches_kernel, images, index, pixels, out, drawn)
+    return -1
+
+
+def _cut(
+    kernel: Any,
+    images: Tensor,
+    index: Tensor | None,
+    pixels: Pixels,
+    out: Tensor,
+    boxes: dict[str, Any],
+) -> None:
+    """Launch a forward kernel; ``boxes``: its arguments that say where patches lie."""
     if out.numel() == 0:
         return
     batch, num_patches, channels, height, width = out.shape
@@ -317,10 +254,13 @@ def extract_patches_forward(
     patches = batch * num_patches
     sizes = patch_launch("cut", patches, lines, columns, interpreted=INTERPRETED)
     blocks = triton.cdiv(lines, sizes.lines), triton.cdiv(columns, sizes.columns)
-    cut_patches_kernel[(triton.cdiv(patches, sizes.outer) * blocks[0] * blocks[1],)](
-        images, coords.contiguous(), _contiguous(flips), _contiguous(index), maps, out,
-        patches, num_patches, channels, images.shape[2], images.shape[3], height, width, *blocks,
-        *images.stride(), channels * height * width, *stride[2:],
+    image_strides = dict(zip(IMAGE_STRIDES, images.stride(), strict=True))
+    out_strides = dict(zip(OUT_STRIDES, (channels * height * width, *stride[2:]), strict=True))
+    kernel[(triton.cdiv(patches, sizes.outer) * blocks[0] * blocks[1],)](
+        images=images, index=_contiguous(index), maps=maps, out=out, patches=patches,
+        num_patches=num_patches, channels=channels, image_height=images.shape[2],
+        image_width=images.shape[3], line_blocks=blocks[0], column_blocks=blocks[1],
+        **({"height": height, "width": width} | boxes), **image_strides, **out_strides,
         COPY=copy, METHOD=pixels.interpolation, ANTIALIAS=pixels.antialias,
         PADDING=pixels.padding_mode, SCALE=bool(pixels.scale), OFFSET=bool(pixels.offset),
         FILL=bool(pixels.fill), CHANNELS_LAST=last, INT=_integers(pixels, images.shape, out.shape),

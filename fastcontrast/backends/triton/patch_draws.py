@@ -2,8 +2,8 @@
 
 Maths: words of Philox4x32-10, keyed by the seed, from a counter of step, draw, sample id and patch;
     boxes and flips from them as docs/patches.md states. The counter layout is frozen.
-Tiling: BLOCK patches to a program, a patch to a lane. The cutting kernel draws as well
-    (extract_patches.py), for its own patches alone.
+Tiling: BLOCK patches to a program, a patch to a lane. Where patches are drawn and cut at once, each
+    program of the cutting kernel draws the boxes of its own patches (patch_cuts.py).
 Memory: 17 bytes written per patch; seed and step by value, or read from device memory, so that a
     graph that is replayed draws anew.
 Numerics: integers alone. A root is taken in float64 and mended in integers. Boxes that keep their
@@ -182,7 +182,7 @@ def sample_coords(
     coords: Tensor, flips: Tensor, sample_ids: Tensor | None, key: Tensor | None, draws: Draws
 ) -> int:
     """Fill ``coords`` [B, K, 4] and ``flips`` [B, K]; index of the first without a place, or -1."""
-    if draws.min_distance > 0 or draws.max_iou >= 0:
+    if are_constrained(draws):
         return reference.sample_coords(coords, flips, sample_ids, key, draws)
     patches = flips.numel()
     if patches == 0:
@@ -193,6 +193,11 @@ def sample_coords(
         BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return -1
+
+
+def are_constrained(draws: Draws) -> bool:
+    """Whether boxes depend on earlier ones."""
+    return draws.min_distance > 0 or draws.max_iou >= 0
 
 
 def draw_arguments(sample_ids: Tensor | None, key: Tensor | None, draws: Draws) -> dict[str, Any]:
