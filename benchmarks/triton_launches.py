@@ -30,6 +30,8 @@ from fastcontrast.backends.triton.triplet_distances import (
 METRICS = ("l2", "sqeuclidean", "dot")
 # Kinds whose points are of different dtypes, as kernels without products see them.
 GIVEN_KINDS = ("float64", "ieee", "bfloat16", "float16")
+# Statistics of rows and columns from the same tiles, for symmetric losses.
+BOTH_SIDES = "statistics of both sides"
 TRIPLETS = ("triplets forward", "triplets backward")
 TRIPLET_DIMS = (32, 128, 1024)
 PATCH_KINDS = ("float64", "ieee", "bfloat16")
@@ -90,6 +92,8 @@ def every_entry() -> Iterator[Entry]:
                 yield Entry(arch, "nearest candidates", kind, dim, metric, many=many)
             continue
         yield Entry(arch, kernel, kind, dim, metric, True, many)
+        if kernel == "statistics" and not many:
+            yield Entry(arch, BOTH_SIDES, kind, dim, metric)
         if kernel == "gradients":
             yield Entry(arch, kernel, kind, dim, metric, False, many)
     for arch in architectures:
@@ -141,7 +145,8 @@ def launch_of(entry: Entry) -> Launch:
         return wide.WIDE
     capability = (entry.architecture // 10, entry.architecture % 10)
     kernel = entry.kernel.split(" ")[0]
-    return launches.launch(kernel, entry.kind, entry.dim, capability, many=entry.many)
+    many = entry.many or entry.kernel == BOTH_SIDES
+    return launches.launch(kernel, entry.kind, entry.dim, capability, many=many)
 
 
 def _acc(entry: Entry) -> Any:
@@ -172,6 +177,7 @@ def _products(entry: Entry, sizes: Launch) -> dict[str, Any]:
 def _statistics(entry: Entry, sizes: Launch) -> dict[str, Any]:
     return _products(entry, sizes) | {
         "SCORE_SUM": entry.many, "RANK": entry.many, "FROM_DOTS": entry.dim == 0,
+        "COLUMNS": entry.kernel == BOTH_SIDES,
         "BLOCK_M": sizes.block, "BLOCK_N": sizes.other,
     }  # fmt: skip
 
@@ -195,7 +201,7 @@ def _nearest(entry: Entry, sizes: Launch) -> dict[str, Any]:
 
 
 def _merge(entry: Entry, sizes: Launch) -> dict[str, Any]:
-    return {"SCORE_SUM": entry.many, "RANK": entry.many, "BLOCK": sizes.block}
+    return {"SCORE_SUM": entry.many, "RANK": entry.many, "NUMBERS": 4, "BLOCK": sizes.block}
 
 
 def _weights(entry: Entry, sizes: Launch) -> dict[str, Any]:
@@ -264,7 +270,7 @@ _GIVEN_STRIDES = tuple(
 _STATISTICS_TYPES = {
     "operand": ("x", "x_low", "y", "y_low"),
     "given": ("given_x", "given_y"),
-    "acc": ("x_sqnorm", "y_sqnorm", "scale", "threshold"),
+    "acc": ("x_sqnorm", "y_sqnorm", "scale", "threshold", "column_state"),
     "i32": ("row_ids", "column_ids"),
     "i64": ("exclude", "counts"),
     "fp64": ("state",),
@@ -278,7 +284,9 @@ _TRIPLET_TYPES = {
     ),
 }  # fmt: skip
 KERNELS = {
-    "statistics": Kernel(row_statistics_kernel, _statistics, _STATISTICS_TYPES),
+    **dict.fromkeys(
+        ("statistics", BOTH_SIDES), Kernel(row_statistics_kernel, _statistics, _STATISTICS_TYPES)
+    ),
     "gradients": Kernel(point_gradients_kernel, _gradients, {
         "operand": ("own", "own_low", "other", "other_low"),
         "given": ("given_own", "given_other"),

@@ -82,6 +82,41 @@ def test_wide_losses(metric: str, symmetric: bool, monkeypatch: pytest.MonkeyPat
         assert relative_error(wide, fused) < GRADIENT_FLOOR[torch.float32]
 
 
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+@pytest.mark.parametrize("bytes_of_columns", [0, 1 << 20])
+def test_both_directions(
+    bytes_of_columns: int, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns from the rows' tiles, of three row blocks and several splits, or by themselves."""
+    from fastcontrast.backends.triton import distance_softmax as module
+
+    launches: list[int] = []
+    launch = module._launch_statistics
+
+    def counted(*args: object) -> None:
+        launches.append(1)
+        launch(*args)
+
+    monkeypatch.setattr(module, "_launch_statistics", counted)
+    monkeypatch.setattr(module, "COLUMN_BYTES", bytes_of_columns)
+    monkeypatch.setattr(module, "PROGRAMS_PER_PROCESSOR", 1000)
+    monkeypatch.setattr(module, "TILES_PER_SPLIT", 2)
+    x, y = torch.randn(141, 20), torch.randn(150, 20)
+    y[:4] = x[1:5] + 1e-4  # near pairs
+    y[140] = 20.0  # no score of this column is near its rows' largest
+    target = torch.randperm(150)[:141]
+    found = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        a, b = x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
+        loss = fc.info_nce_loss(
+            a, b, target, metric=metric, temperature=0.7, symmetric=True, backend=backend
+        )
+        found.append([loss, *torch.autograd.grad(loss, [a, b])])
+    assert len(launches) == (1 if bytes_of_columns else 2)
+    for mine, true in zip(*found, strict=True):
+        assert relative_error(mine, true) < GRADIENT_FLOOR[torch.float32]
+
+
 @pytest.mark.parametrize("precision", ["tf32", "bf16x3", "bf16"])
 @pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "dot"])
 def test_gradients_at_lower_precision(metric: str, precision: str) -> None:

@@ -56,6 +56,8 @@ LN_2 = 0.6931471805599453
 MERGE_BLOCK = 128
 # Programs per multiprocessor that a launch should have; fewer owners share out the other side.
 PROGRAMS_PER_PROCESSOR = 2
+# Bytes of what row blocks leave of columns, up to which columns are reduced from the rows' tiles.
+COLUMN_BYTES = 128 << 20
 # Tiles that a program should at least have to do: more splits would cost more than they bring.
 TILES_PER_SPLIT = 8
 
@@ -98,15 +100,14 @@ def softmax_loss(
         return LossGradients(loss, *gradients_of_nothing(x, y, needs))
     operands, mask = prepare(x, y, scores), _Mask(scores)
     acc = accumulator_dtype(x.dtype)
-    rows = _statistics(operands, mask, None, False)
-    lse = _in_full(rows)
     a, b, c = (None if w is None else w.detach().to(acc) for w in weights)
     columns, paired_lse = None, None
-    if c is not None:  # the other direction of a symmetric loss
-        columns = _statistics(
-            operands.exchanged(), _Mask(transposed(scores, y.shape[0])), None, False
-        )
+    if c is not None:  # both directions of a symmetric loss
+        rows, columns = _both_statistics(operands, mask, scores)
         paired_lse = of_positive(_in_full(columns), scores)
+    else:
+        rows = _statistics(operands, mask, None, False)
+    lse = _in_full(rows)
     assert mask.exclude is not None
     target = mask.exclude[:, 0].contiguous()
     positive, inverse = pair_scores(operands, target, mask.metric)
@@ -187,6 +188,29 @@ def _statistics(
     return out
 
 
+def _both_statistics(
+    operands: Operands, mask: _Mask, scores: Scores
+) -> tuple[Statistics, Statistics]:
+    """Statistics of every row, and of every column without entropies, from the same tiles.
+
+    Where row blocks would leave more than COLUMN_BYTES, and for wide points, the columns' are those
+    of the rows of the transposed problem, from a launch of their own.
+    """
+    n = operands.y.given.shape[0]
+    if _is_fused("statistics", operands):
+        sizes = _sizes("statistics", operands, many=True)
+        rows = empty_statistics(operands.x.given, score_sum=False, rank=False)
+        columns = empty_statistics(operands.y.given, score_sum=False, rank=False)
+        blocks = triton.cdiv(rows.lse.shape[0], sizes.block)
+        if blocks * 2 * n * rows.lse.itemsize <= COLUMN_BYTES:
+            state = rows.lse.new_empty(blocks, 2, n)
+            _launch_statistics(operands, mask, rows, rows.lse, False, False, sizes, None, state)
+            _launch_merge(state, state, columns, False, False)
+            return rows, columns._replace(entropy=columns.entropy.zero_())
+    exchanged = _statistics(operands.exchanged(), _Mask(transposed(scores, n)), None, False)
+    return _statistics(operands, mask, None, False), exchanged
+
+
 def _launch_statistics(
     operands: Operands,
     mask: _Mask,
@@ -196,8 +220,12 @@ def _launch_statistics(
     rank: bool,
     sizes: Launch,
     dots: Tensor | None,
+    column_state: Tensor | None = None,
 ) -> None:
-    """Fill ``out`` from the points, or from their dot products [M, N] where they are given."""
+    """Fill ``out`` from the points, or from their dot products [M, N] where they are given.
+
+    ``column_state`` [row blocks, 2, N], if given, takes what the row blocks find of the columns.
+    """
     x, y = operands.x, operands.y
     m, dim, n = x.given.shape[0], x.given.shape[1], y.given.shape[0]
     splits, split_columns = _splits(m, n, sizes, x.given.device)
@@ -209,16 +237,26 @@ def _launch_statistics(
         x.values if dots is None else dots, x.low, x.sqnorm, y.values, y.low, y.sqnorm,
         x.given, y.given, operands.scale,
         _or(mask.exclude, state), _or(mask.row_ids, state), _or(mask.column_ids, state), limit,
-        state, counts, m, n, dim, split_columns, splits, x.values.stride(0), y.values.stride(0),
+        state, counts, _or(column_state, state), m, n, dim, split_columns, splits,
+        x.values.stride(0), y.values.stride(0),
         *x.given.stride(), *y.given.stride(),
         **mask.options, **operands.product_options, SCORE_SUM=score_sum, RANK=rank,
         BLOCK_M=sizes.block, BLOCK_N=sizes.other, **_widths(dim, sizes),
-        FROM_DOTS=dots is not None, num_warps=sizes.warps, num_stages=sizes.stages,
+        FROM_DOTS=dots is not None, COLUMNS=column_state is not None,
+        num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
+    _launch_merge(state, counts, out, score_sum, rank)
+
+
+def _launch_merge(
+    state: Tensor, counts: Tensor, out: Statistics, score_sum: bool, rank: bool
+) -> None:
+    """Fill ``out`` from ``state`` [parts, 4 or 2, M], what programs have found."""
+    parts, numbers, m = state.shape
     merge_splits_kernel[(triton.cdiv(m, MERGE_BLOCK),)](
         state, counts, *(out.lse, out.lse_residual, out.entropy),
-        out.score_sum, out.column_count, out.rank, m, splits,
-        SCORE_SUM=score_sum, RANK=rank, BLOCK=MERGE_BLOCK,
+        out.score_sum, out.column_count, out.rank, m, parts,
+        SCORE_SUM=score_sum, RANK=rank, NUMBERS=numbers, BLOCK=MERGE_BLOCK,
     )  # fmt: skip
 
 

@@ -5,9 +5,11 @@ Maths: t_ij = s_ij log2(e) from dot products and squared norms (tiles.py); per r
     and #{t > threshold}. lse = (max + log2 Σ) ln 2, entropy = (log2 Σ - weighted/Σ) ln 2.
 Tiling: a program owns BLOCK_M rows, which stay in shared memory, and streams tiles of BLOCK_N
     columns of one split of the columns (few rows do not fill a GPU). The grid is one-dimensional.
-    A second kernel merges the splits.
+    A second kernel merges the splits. COLUMNS: each tile is reduced over its rows as well, for one
+    more exp2 per score, and the same second kernel merges the row blocks of each column in order.
 Memory: rows are read once, columns once per row block, from the L2 cache as all programs stream the
-    same ones; 48 bytes per row and split are written. Nothing of size M×N.
+    same ones; 48 bytes per row and split are written. Nothing of size M×N. COLUMNS: two numbers per
+    column and row block.
 Numerics: exp2 of scores less the running maximum; what does not count is -inf before the maximum.
     Sums over one tile in float32, over tiles in float64. A tile that may hold near pairs (tiles.py)
     takes them by direct difference: a branch that costs nothing per pair where it is not taken.
@@ -46,16 +48,17 @@ FLOOR = tl.constexpr(-1100.0)
 @triton.jit
 def row_statistics_kernel(
     x, x_low, x_sqnorm, y, y_low, y_sqnorm, given_x, given_y, scale,
-    exclude, row_ids, column_ids, threshold, state, counts,
+    exclude, row_ids, column_ids, threshold, state, counts, column_state,
     m, n, dim, split_columns, splits, x_stride, y_stride,
     given_x_row, given_x_column, given_y_row, given_y_column,
     METRIC: tl.constexpr, EXCLUDE: tl.constexpr, KEEP: tl.constexpr, SCORE_SUM: tl.constexpr,
     RANK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr, FROM_DOTS: tl.constexpr,
+    BLOCK_K: tl.constexpr, FROM_DOTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """State [splits, 4, M] float64 (max, sum, weighted, total), counts [splits, 2, M] int64.
 
+    COLUMNS: ``column_state`` [row blocks, 2, N] (max, sum) of the columns' scores.
     FROM_DOTS: ``x`` is a matrix [M, N] of dot products that have been computed (wide.py).
     """
     split = tl.program_id(0) % splits
@@ -153,6 +156,17 @@ def row_statistics_kernel(
             number += tl.sum(counts_here.to(tl.int32), 1)
         if RANK:
             above += tl.sum((t > limit[:, None]).to(tl.int32), 1)
+        if COLUMNS:
+            of_rows = tl.where(in_rows[:, None], t, float("-inf"))
+            column_max = tl.max(of_rows, 0)
+            column_base = tl.where(column_max == float("-inf"), 0.0, column_max)
+            of_rows -= column_base[None, :]
+            if METRIC == DOT:
+                of_rows = tl.where(t == float("inf"), 0.0, of_rows)
+                of_rows = tl.where(in_rows[:, None], of_rows, float("-inf"))
+            at_columns = column_state + tl.cast(start_m // BLOCK_M * 2, tl.int64) * n + column
+            tl.store(at_columns, column_max, mask=in_columns)
+            tl.store(at_columns + n, tl.sum(tl.exp2(of_rows), 0), mask=in_columns)
         new_max = tl.maximum(running_max, largest)
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
         u = t - base[:, None]
@@ -184,15 +198,18 @@ def row_statistics_kernel(
 @triton.jit
 def merge_splits_kernel(
     state, counts, lse, lse_residual, entropy, score_sum, column_count, rank, m, splits,
-    SCORE_SUM: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    SCORE_SUM: tl.constexpr, RANK: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of BLOCK rows from the states of all splits, in float64."""
+    """Statistics of BLOCK rows from the states of all splits, in float64.
+
+    NUMBERS: of a state, 4 as row_statistics_kernel leaves it, or 2 without ``entropy``.
+    """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < m
     largest = tl.full([BLOCK], float("-inf"), dtype=tl.float64)
     for split in range(0, splits):
-        at = state + tl.cast(split * 4, tl.int64) * m + row
-        largest = tl.maximum(largest, tl.load(at, mask=mask, other=0.0))
+        at = state + tl.cast(split * NUMBERS, tl.int64) * m + row
+        largest = tl.maximum(largest, tl.load(at, mask=mask, other=0.0).to(tl.float64))
     base = tl.where(largest == float("-inf"), 0.0, largest)
     mass = tl.zeros([BLOCK], dtype=tl.float64)
     weighted = tl.zeros([BLOCK], dtype=tl.float64)
@@ -200,11 +217,13 @@ def merge_splits_kernel(
     number = tl.zeros([BLOCK], dtype=tl.int64)
     above = tl.zeros([BLOCK], dtype=tl.int64)
     for split in range(0, splits):
-        at = state + tl.cast(split * 4, tl.int64) * m + row
+        at = state + tl.cast(split * NUMBERS, tl.int64) * m + row
         at_counts = counts + tl.cast(split * 2, tl.int64) * m + row
-        top = tl.load(at, mask=mask, other=0.0)
-        part = tl.load(at + m, mask=mask, other=0.0)
-        part_weighted = tl.load(at + 2 * tl.cast(m, tl.int64), mask=mask, other=0.0)
+        top = tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        part = tl.load(at + m, mask=mask, other=0.0).to(tl.float64)
+        part_weighted = part
+        if NUMBERS > 2:
+            part_weighted = tl.load(at + 2 * tl.cast(m, tl.int64), mask=mask, other=0.0)
         shift = tl.where(top == base, 0.0, tl.maximum(top - base, FLOOR))
         factor = tl.exp2(shift)
         mass += factor * part
@@ -224,8 +243,9 @@ def merge_splits_kernel(
     infinite = tl.abs(value) == float("inf")
     tl.store(lse + row, rounded, mask=mask)
     tl.store(lse_residual + row, tl.where(infinite, 0.0, rest), mask=mask)
-    h = (logarithm - weighted / tl.where(empty, 1.0, mass)) * LN_2
-    tl.store(entropy + row, tl.where(empty, 0.0, h), mask=mask)
+    if NUMBERS > 2:
+        h = (logarithm - weighted / tl.where(empty, 1.0, mass)) * LN_2
+        tl.store(entropy + row, tl.where(empty, 0.0, h), mask=mask)
     if SCORE_SUM:
         tl.store(score_sum + row, total * LN_2, mask=mask)
         tl.store(column_count + row, number, mask=mask)
