@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_both_directions(
     launches: list[int] = []
     launch = module._launch_statistics
 
-    def counted(*args: object) -> None:
+    def counted(*args: Any) -> None:
         launches.append(1)
         launch(*args)
 
