@@ -20,6 +20,10 @@ from variants import Variant, active, worth_emulating, worth_interpreting
 
 from fastcontrast.backends import triton
 
+# Searched for doctests, it would be imported, and its peers, some of which end the process that
+# calls them, would be among the benchmark's.
+collect_ignore = ["broken_peers.py"]
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under TRITON_INTERPRET=1, only what the interpreted kernels run: the rest had its own run."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import html.parser
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,11 +17,6 @@ import torch
 from benchmarks import limits, measure, peers, processes, record, report, suite
 from benchmarks.cases import MODULES, Work, all_cases, case_of
 from fastcontrast import cli
-
-# A process of pytest-xdist ends in these after tests of other files; the reason is not found yet.
-pytestmark = pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ, reason="run alone: pytest tests/test_bench.py"
-)
 
 TESTS = Path(__file__).parent
 ROWS = 24
