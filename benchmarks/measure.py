@@ -104,7 +104,7 @@ def in_turn(
     pace: Pace,
     device: torch.device,
     rounds: int | None = None,
-    warm: int = 1,
+    warm: int | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of every provider, in each round.
 

@@ -108,7 +108,9 @@ def memory_against_rows(rows: list[Row]) -> Figure:
 def ratio_bars(rows: list[Row], job: str) -> Figure:
     """Limit over time of every case, ours and the best peer's: 1 is the machine's limit."""
     names = list(dict.fromkeys(r["name"] for r in rows))[:BARS]
-    figure, axes = _axes(f"Limit over time, {job}: longer is better", 1.2 + 0.42 * len(names))
+    figure, axes = _axes("", 1.2 + 0.42 * len(names))
+    # Of the figure, not of the axes: beside the long names there is no room for it.
+    figure.suptitle(f"Limit over time, {job}: longer is better", x=0.01, ha="left", fontsize=11)
     for place, name in enumerate(names):
         own = [r["ratio"] for r in rows if r["name"] == name and r["provider"] == OURS]
         others = [(r["ratio"], r["provider"]) for r in rows if r["name"] == name]
