@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import cuda_emulation
 import pytest
 import torch
-from cases import METRICS, Case, case
+from cases import METRICS, Case, case, mask_options, operands
 from test_distance_softmax import GRADIENTS, VALUES, evaluate
 from tolerances import GRADIENT_FLOOR, VALUE_FLOOR, assert_within_budget, relative_error
 from torch import Tensor
@@ -59,6 +59,71 @@ def assert_conforms(c: Case, dtype: torch.dtype, metric: str, layout: str = "con
 @pytest.mark.parametrize("metric", METRICS)
 def test_splits_of_the_other_side(metric: str, dtype: torch.dtype, many_blocks: None) -> None:
     assert_conforms(case("ragged", "different and diagonal", dtype), dtype, metric)
+
+
+# What is in shared memory at a time, of 80 KiB; rows, columns and dimensions that come to it.
+STAGED = {
+    "all columns": (70, 100, 33),
+    "the rows and a tile of columns": (34, 257, 98),
+    "the rows": (34, 257, 161),
+    "a part of the coordinates": (34, 65, 385),
+    "as many columns as are staged": (65, 1024, 3),
+    "one more": (65, 1025, 3),
+}
+
+
+@pytest.fixture
+def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many owners on a small GPU: a block goes through several groups of them."""
+    monkeypatch.setattr(KERNELS + ".BLOCKS_PER_PROCESSOR", 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", STAGED)
+def test_columns_in_shared_memory(shape: str, dtype: torch.dtype, one_block: None) -> None:
+    metric = "dot" if shape == "the rows" else "l2"
+    m, n, d = STAGED[shape]
+    x, y = operands((m, n, d), dtype)
+    c = Case(x, y, mask_options("different and diagonal", m, n))
+    assert_conforms(c, dtype, metric, "sliced" if d == 33 else "contiguous")
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_few_columns_and_rows_are_read_once(side: str, one_block: None) -> None:
+    """One block for all groups: every coordinate is copied once forward, and once backward."""
+    x = torch.randn(100, 48, requires_grad=side == "rows")
+    y = torch.randn(40, 48, requires_grad=side == "columns")
+    once = 4 * (x.numel() + y.numel())
+    module = cuda_emulation.module()
+    module.copied_bytes()
+    lse = fc.distance_softmax(x, y, backend="native").lse
+    assert module.copied_bytes() == once
+    (grad,) = torch.autograd.grad(lse.sum(), x if side == "rows" else y)
+    assert module.copied_bytes() == once
+    a, b = x.detach().double().requires_grad_(), y.detach().double().requires_grad_()
+    exact = torch.autograd.grad(fc.distance_softmax(a, b, backend="reference").lse.sum(), [a, b])
+    # Sums of up to 100 terms in float32.
+    assert relative_error(grad, exact[side == "columns"]) < 100 * 2**-24
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_groups_of_rows_change_no_bit(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any order of threads: one that runs ahead meets the owners of the group before."""
+    x, y = torch.randn(90, 70), torch.randn(70, 70)
+    rows: list[list[Tensor]] = []
+    for order, blocks in ((0, 100), (0, 3 // groups), (1, 3 // groups), (2, 3 // groups)):
+        monkeypatch.setattr(KERNELS + ".BLOCKS_PER_PROCESSOR", blocks)
+        monkeypatch.setattr(KERNELS + ".TILES_PER_SPLIT", 1 << 20)
+        with cuda_emulation.active(order):
+            rows.append([*symmetric_loss(x[:70], y, "l2", "native"), *one_way_loss(x, y)])
+    for row in rows[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(rows[0], row, strict=True))
+
+
+def one_way_loss(x: Tensor, y: Tensor) -> list[Tensor]:
+    a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+    loss = fc.info_nce_loss(a, b, target=torch.arange(90) % 70, backend="native")
+    return [loss.detach(), *torch.autograd.grad(loss, [a, b])]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

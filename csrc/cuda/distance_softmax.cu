@@ -10,9 +10,10 @@
 //   double) stays in registers: more coordinates are further blocks, which compute the scores anew.
 //   The grid is 1-D; few owners share out the other side among blocks.
 // Memory: owners' and others' coordinates pass through shared memory 128 bytes of a point at a
-// time,
-//   the next ones copied (cp.async) while those are used; others come from the L2 cache, as all
-//   blocks stream the same ones. Every result is written once.
+//   time, the next ones copied (cp.async) while those are used; others come from the L2 cache, as
+//   all blocks stream the same ones. Up to 1024 columns they stay there as far as 80 KiB go
+//   (point_walk.h): a block then reads its rows once for scores and gradient, and the columns once
+//   for several groups of rows. Every result is written once.
 // Numerics: every distance is the norm of a difference, so no pair is too near, nothing is centred
 //   and NaN and inf spread as they do there; that takes two operations where the Gram identity
 //   takes one. Sums in T, of statistics beyond a few hundred columns in double. One writer per
@@ -21,7 +22,7 @@
 
 #include "cuda/column_sums.h"
 #include "cuda/pair_scores.h"
-#include "cuda/point_tiles.h"
+#include "cuda/point_walk.h"
 
 namespace fastcontrast {
 namespace cuda {
@@ -30,87 +31,8 @@ namespace {
 constexpr int FLUSH = 16;  // tiles whose softmax is summed in T
 constexpr int PARTS = 8;   // chunks of coordinates whose gradient a block holds
 
-// Which points a block goes through, and how their coordinates come into shared memory.
-template <typename T>
-struct Walk {
-  PointSet own, other;
-  Scalar type;
-  bool own_units, other_units;
-  int64_t dim;
-  int64_t first_own;   // of the block
-  int64_t begin, end;  // of the other side
-  int chunks;          // of all coordinates, for the scores
-  int part, parts;     // first and number of chunks that gradients are taken of
-  int turn;            // stage that is read next
-
-  FC_MEMBER int steps() const { return chunks + parts; }
-  FC_MEMBER int chunk_of(int step) const { return step < chunks ? step : part + step - chunks; }
-  FC_MEMBER int width_of(int step) const {
-    const int64_t left = dim - (int64_t)chunk_of(step) * Sizes<T>::CHUNK;
-    return left < Sizes<T>::CHUNK ? (int)left : Sizes<T>::CHUNK;
-  }
-
-  __device__ __forceinline__ void fetch(Stages<T>& stages, int64_t first, int step, int stage) {
-    const int64_t k = (int64_t)chunk_of(step) * Sizes<T>::CHUNK;
-    fetch_points<T, OWNERS>(own, type, own_units, dim, first_own, k, stages.own[stage]);
-    fetch_points<T, Sizes<T>::OTHERS>(other, type, other_units, dim, first, k, stages.other[stage]);
-    async_commit();
-  }
-
-  // To be called once, before the first step of the first tile.
-  __device__ __forceinline__ void start(Stages<T>& stages) {
-    turn = 0;
-    if (begin < end && steps() > 0) fetch(stages, begin, 0, 0);
-  }
-
-  // Waits for a step's coordinates, starts the copy of the next ones, and returns the stage.
-  __device__ __forceinline__ int arrive(Stages<T>& stages, int64_t first, int step) {
-    async_wait<0>();
-    __syncthreads();  // all have arrived, and nobody reads the other stage any more
-    const int stage = turn;
-    turn ^= 1;
-    if (step + 1 < steps()) {
-      fetch(stages, first, step + 1, turn);
-    } else if (first + Sizes<T>::OTHERS < end) {
-      fetch(stages, first + Sizes<T>::OTHERS, 0, turn);
-    }
-    return stage;
-  }
-};
-
-// Sums over all coordinates of a thread's pairs of one tile.
-template <bool is_dot, typename T>
-__device__ __forceinline__ void tile_values(Walk<T>& walk, Stages<T>& stages, int64_t first,
-                                            T (&value)[OWN][Sizes<T>::OTHER]) {
-#pragma unroll
-  for (int i = 0; i < OWN; ++i) {
-#pragma unroll
-    for (int j = 0; j < Sizes<T>::OTHER; ++j) value[i][j] = T(0);
-  }
-  for (int step = 0; step < walk.chunks; ++step) {
-    const int stage = walk.arrive(stages, first, step);
-    add_coordinates<is_dot>(stages.own[stage], stages.other[stage], walk.width_of(step), value);
-  }
-}
-
-template <typename T>
-Walk<T> walk_of(const Pairs& pairs, bool owns_rows) {
-  Walk<T> walk;
-  walk.own = owns_rows ? pairs.rows : pairs.columns;
-  walk.other = owns_rows ? pairs.columns : pairs.rows;
-  walk.type = pairs.type;
-  walk.own_units = has_units(walk.own, sizeof(T));
-  walk.other_units = has_units(walk.other, sizeof(T));
-  walk.dim = pairs.dim;
-  walk.first_own = walk.begin = walk.end = 0;
-  walk.chunks = (int)((pairs.dim + Sizes<T>::CHUNK - 1) / Sizes<T>::CHUNK);
-  walk.part = walk.parts = walk.turn = 0;
-  return walk;
-}
-
 template <typename T, bool with_columns>
-struct StatisticsTile {
-  Stages<T> stages;
+struct alignas(16) StatisticsTile {
   Marks<OWNERS> own;
   Marks<Sizes<T>::OTHERS> other[2];  // of this tile and of the one before
   ColumnSums<T, THREADS / WARP, with_columns ? Sizes<T>::OTHERS : 1> columns[2];
@@ -142,6 +64,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   using S = Sizes<T>;
   using Tile = StatisticsTile<T, with_columns>;
   FASTCONTRAST_SHARED(Tile, tile);
+  T* const slots = (T*)(tile + 1);
   const int lane = threadIdx.x % LANES_OF_ROW, line = threadIdx.x / LANES_OF_ROW;
   const int64_t split = blockIdx.x % splits.count, part = blockIdx.x / splits.count;
   const int64_t m = pairs.rows.count, n = pairs.columns.count;
@@ -150,10 +73,10 @@ __global__ void __launch_bounds__(THREADS, 2)
   walk.end = walk.end < n ? walk.end : n;
   const T scale2 = scale_of<T>(pairs) * T(LOG2_E);
   const bool counts_all = out.column_count || out.rank;
-  const int64_t groups = with_columns ? columns.groups : 1;
-  for (int64_t group = 0; group < groups; ++group) {
-    walk.first_own = (part * groups + group) * OWNERS;
+  for (int64_t group = 0; group < columns.groups; ++group) {
+    walk.first_own = (part * columns.groups + group) * OWNERS;
     if (walk.first_own >= m) break;
+    if (group > 0) __syncthreads();  // nobody reads those before any more
     SoftmaxState state[OWN];
     RunningSoftmax<T> running[OWN];
     T limit[OWN], total[OWN];
@@ -168,7 +91,7 @@ __global__ void __launch_bounds__(THREADS, 2)
       number[i] = above[i] = 0;
     }
     load_marks(pairs, true, walk.first_own, &tile->own);
-    walk.start(tile->stages);
+    walk.start(slots, group);
     int tiles = 0;
     for (int64_t first = walk.begin; first < walk.end; first += S::OTHERS) {
       Marks<S::OTHERS>& other = tile->other[tiles % 2];
@@ -180,7 +103,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         }
       }
       T t[OWN][S::OTHER];
-      tile_values<is_dot>(walk, tile->stages, first, t);
+      tile_values<is_dot>(walk, slots, first, t);
 #pragma unroll
       for (int i = 0; i < OWN; ++i) {
         const int own = line + i * (THREADS / LANES_OF_ROW);
@@ -210,7 +133,7 @@ __global__ void __launch_bounds__(THREADS, 2)
       }
     }
     if constexpr (with_columns) {
-      __syncthreads();  // and nobody reads what the next group of rows replaces
+      __syncthreads();
       const int64_t last = walk.begin + (int64_t)(tiles - 1) * S::OTHERS;
       tile->columns[(tiles - 1) % 2].add_to(columns, part, group, n, last, walk.end);
     }
@@ -224,10 +147,9 @@ __global__ void __launch_bounds__(THREADS, 2)
 }
 
 template <typename T>
-struct GradientTile {
+struct alignas(16) GradientTile {
   using S = Sizes<T>;
   static constexpr int STRIDE = OWNERS + S::UNIT;
-  Stages<T> stages;
   T weights[S::OTHERS * STRIDE];
   Marks<OWNERS> own;
   Marks<S::OTHERS> other[2];  // of this tile and of the one before
@@ -288,9 +210,12 @@ __global__ void __launch_bounds__(THREADS, 2)
   constexpr int ROWS = 4;                                   // owners of a thread, when weights meet
   constexpr int DIMS = OWNERS * S::CHUNK / ROWS / THREADS;  // and coordinates of a chunk
   FASTCONTRAST_SHARED(GradientTile<T>, tile);
+  T* const slots = (T*)(tile + 1);
   const int part = blockIdx.x % parts;
-  const int64_t split = blockIdx.x / parts % splits.count;
-  walk.first_own = blockIdx.x / (parts * splits.count) * OWNERS;
+  const unsigned own_blocks = gridDim.x / (unsigned)(parts * splits.count);
+  // Blocks that read the same others are neighbours.
+  const int64_t own_block = blockIdx.x / parts % own_blocks;
+  const int64_t split = blockIdx.x / parts / own_blocks;
   walk.begin = split * splits.size;
   walk.end = walk.begin + splits.size;
   walk.end = walk.end < walk.other.count ? walk.end : walk.other.count;
@@ -300,86 +225,92 @@ __global__ void __launch_bounds__(THREADS, 2)
   const T scale = scale_of<T>(pairs);
   const int rows = threadIdx.x % (OWNERS / ROWS) * ROWS;
   const int dims = threadIdx.x / (OWNERS / ROWS) * DIMS;
-  T grad[PARTS][ROWS][DIMS];
-#pragma unroll
-  for (int w = 0; w < PARTS; ++w) {
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-#pragma unroll
-      for (int d = 0; d < DIMS; ++d) grad[w][i][d] = T(0);
-    }
-  }
-  double product[OWN] = {0, 0, 0, 0};
-  load_marks(pairs, out.owns_rows, walk.first_own, &tile->own);
-  load_terms(pairs, from, out.owns_rows, walk.first_own, &tile->own_terms);
-  walk.start(tile->stages);
-  int parity = 0;
-  for (int64_t first = walk.begin; first < walk.end; first += S::OTHERS, parity ^= 1) {
-    load_marks(pairs, !out.owns_rows, first, &tile->other[parity]);
-    load_terms(pairs, from, !out.owns_rows, first, &tile->other_terms[parity]);
-    __syncthreads();
-    T value[OWN][S::OTHER];
-    tile_values<is_dot>(walk, tile->stages, first, value);
-    weigh_tile<is_dot>(pairs, from, walk, out.owns_rows, first, parity, scale, tile, value,
-                       product);
-    const int others = walk.end - first < S::OTHERS ? (int)(walk.end - first) : S::OTHERS;
+  for (int64_t group = 0; group < out.groups; ++group) {
+    walk.first_own = (own_block * out.groups + group) * OWNERS;
+    if (walk.first_own >= walk.own.count) break;
+    if (group > 0) __syncthreads();  // nobody reads those before any more
+    T grad[PARTS][ROWS][DIMS];
 #pragma unroll
     for (int w = 0; w < PARTS; ++w) {
-      if (w < walk.parts) {
-        const int stage = walk.arrive(tile->stages, first, walk.chunks + w);  // weights, too
-        const T* const own = tile->stages.own[stage] + rows * S::STRIDE + dims;
-        const T* const other = tile->stages.other[stage] + dims;
-        T mine[ROWS][DIMS];
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
+      for (int i = 0; i < ROWS; ++i) {
 #pragma unroll
-          for (int d = 0; d < DIMS; ++d) mine[i][d] = is_dot ? T(0) : own[i * S::STRIDE + d];
-        }
-        for (int j = 0; j < others; ++j) {
-          T weight[ROWS];
+        for (int d = 0; d < DIMS; ++d) grad[w][i][d] = T(0);
+      }
+    }
+    double product[OWN] = {0, 0, 0, 0};
+    load_marks(pairs, out.owns_rows, walk.first_own, &tile->own);
+    load_terms(pairs, from, out.owns_rows, walk.first_own, &tile->own_terms);
+    walk.start(slots, group);
+    int parity = 0;
+    for (int64_t first = walk.begin; first < walk.end; first += S::OTHERS, parity ^= 1) {
+      load_marks(pairs, !out.owns_rows, first, &tile->other[parity]);
+      load_terms(pairs, from, !out.owns_rows, first, &tile->other_terms[parity]);
+      __syncthreads();
+      T value[OWN][S::OTHER];
+      tile_values<is_dot>(walk, slots, first, value);
+      weigh_tile<is_dot>(pairs, from, walk, out.owns_rows, first, parity, scale, tile, value,
+                         product);
+      const int others = walk.end - first < S::OTHERS ? (int)(walk.end - first) : S::OTHERS;
 #pragma unroll
-          for (int i = 0; i < ROWS; i += S::UNIT) {
-            const auto pack = load_pack<T, S::UNIT>(tile->weights + j * STRIDE + rows + i);
+      for (int w = 0; w < PARTS; ++w) {
+        if (w < walk.parts) {
+          const T *own, *other;
+          walk.arrive(slots, first, walk.chunks + w, &own, &other);  // weights, too
+          own += rows * S::STRIDE + dims;
+          other += dims;
+          T mine[ROWS][DIMS];
 #pragma unroll
-            for (int l = 0; l < S::UNIT; ++l) weight[i + l] = pack.item[l];
+          for (int i = 0; i < ROWS; ++i) {
+#pragma unroll
+            for (int d = 0; d < DIMS; ++d) mine[i][d] = is_dot ? T(0) : own[i * S::STRIDE + d];
           }
+          for (int j = 0; j < others; ++j) {
+            T weight[ROWS];
 #pragma unroll
-          for (int d = 0; d < DIMS; ++d) {
-            const T q = other[j * S::STRIDE + d];
+            for (int i = 0; i < ROWS; i += S::UNIT) {
+              const auto pack = load_pack<T, S::UNIT>(tile->weights + j * STRIDE + rows + i);
 #pragma unroll
-            for (int i = 0; i < ROWS; ++i) {
-              grad[w][i][d] += weight[i] * (is_dot ? q : q - mine[i][d]);
+              for (int l = 0; l < S::UNIT; ++l) weight[i + l] = pack.item[l];
+            }
+#pragma unroll
+            for (int d = 0; d < DIMS; ++d) {
+              const T q = other[j * S::STRIDE + d];
+#pragma unroll
+              for (int i = 0; i < ROWS; ++i) {
+                grad[w][i][d] += weight[i] * (is_dot ? q : q - mine[i][d]);
+              }
             }
           }
         }
       }
     }
-  }
 #pragma unroll
-  for (int w = 0; w < PARTS; ++w) {
+    for (int w = 0; w < PARTS; ++w) {
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const int64_t owner = walk.first_own + rows + i;
+      for (int i = 0; i < ROWS; ++i) {
+        const int64_t owner = walk.first_own + rows + i;
 #pragma unroll
-      for (int d = 0; d < DIMS; ++d) {
-        const int64_t k = (int64_t)(walk.part + w) * S::CHUNK + dims + d;
-        if (w < walk.parts && owner < walk.own.count && k < walk.dim) {
-          ((T*)out.grad)[(split * walk.own.count + owner) * walk.dim + k] = grad[w][i][d];
+        for (int d = 0; d < DIMS; ++d) {
+          const int64_t k = (int64_t)(walk.part + w) * S::CHUNK + dims + d;
+          if (w < walk.parts && owner < walk.own.count && k < walk.dim) {
+            ((T*)out.grad)[(split * walk.own.count + owner) * walk.dim + k] = grad[w][i][d];
+          }
         }
       }
     }
-  }
-  if (!out.product || part != 0) return;
+    if (!out.product || part != 0) continue;
 #pragma unroll
-  for (int i = 0; i < OWN; ++i) {
-    const int64_t owner =
-        walk.first_own + threadIdx.x / LANES_OF_ROW + i * (THREADS / LANES_OF_ROW);
+    for (int i = 0; i < OWN; ++i) {
+      const int64_t owner =
+          walk.first_own + threadIdx.x / LANES_OF_ROW + i * (THREADS / LANES_OF_ROW);
 #pragma unroll
-    for (int distance = LANES_OF_ROW / 2; distance > 0; distance /= 2) {
-      product[i] += __shfl_xor_sync(ALL_LANES, product[i], distance);
-    }
-    if (threadIdx.x % LANES_OF_ROW == 0 && owner < walk.own.count) {
-      out.product[split * walk.own.count + owner] = product[i];
+      for (int distance = LANES_OF_ROW / 2; distance > 0; distance /= 2) {
+        product[i] += __shfl_xor_sync(ALL_LANES, product[i], distance);
+      }
+      if (threadIdx.x % LANES_OF_ROW == 0 && owner < walk.own.count) {
+        out.product[split * walk.own.count + owner] = product[i];
+      }
     }
   }
 }
@@ -390,10 +321,10 @@ void statistics(const Pairs& pairs, const RowStatistics& out, const ColumnStatis
   const int64_t m = pairs.rows.count, n = pairs.columns.count;
   const unsigned parts = blocks_for(m, OWNERS * columns.groups);
   using Tile = StatisticsTile<T, with_columns>;
-  static_assert(sizeof(Tile) <= 48 << 10, "more would have to be asked for");
-  FASTCONTRAST_LAUNCH(stream, parts * (unsigned)splits.count, THREADS, sizeof(Tile),
-                      (row_statistics<is_dot, with_columns, T>), pairs, out, columns, splits,
-                      walk_of<T>(pairs, true));
+  Walk<T> walk = walk_of<T>(pairs, true);
+  const size_t bytes = settle_slots(walk, n, splits, false, sizeof(Tile));
+  FASTCONTRAST_LAUNCH(stream, parts * (unsigned)splits.count, THREADS, bytes,
+                      (row_statistics<is_dot, with_columns, T>), pairs, out, columns, splits, walk);
   merge_row_statistics(out, pairs.type, m, splits, stream);
   if (with_columns) merge_column_statistics(columns, pairs.type, n, parts, stream);
 }
@@ -414,16 +345,18 @@ bool statistics(const Pairs& pairs, const RowStatistics& out, const ColumnStatis
 template <typename T>
 bool gradients(const Pairs& pairs, const ScoreGradients& from, const SideGradient& out,
                Splits splits, Stream stream) {
-  static_assert(sizeof(GradientTile<T>) <= 48 << 10, "more would have to be asked for");
-  const Walk<T> walk = walk_of<T>(pairs, out.owns_rows);
+  Walk<T> walk = walk_of<T>(pairs, out.owns_rows);
+  const size_t bytes =
+      settle_slots(walk, pairs.columns.count, splits, out.grad != nullptr, sizeof(GradientTile<T>));
   const int parts = out.grad && walk.chunks > 0 ? (walk.chunks + PARTS - 1) / PARTS : 1;
-  const unsigned blocks = blocks_for(walk.own.count, OWNERS) * (unsigned)(splits.count * parts);
+  const unsigned blocks =
+      blocks_for(walk.own.count, OWNERS * out.groups) * (unsigned)(splits.count * parts);
   if (pairs.metric == Metric::dot) {
-    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, sizeof(GradientTile<T>),
-                        (point_gradients<true, T>), pairs, from, out, splits, walk, parts);
+    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, bytes, (point_gradients<true, T>), pairs, from,
+                        out, splits, walk, parts);
   } else {
-    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, sizeof(GradientTile<T>),
-                        (point_gradients<false, T>), pairs, from, out, splits, walk, parts);
+    FASTCONTRAST_LAUNCH(stream, blocks, THREADS, bytes, (point_gradients<false, T>), pairs, from,
+                        out, splits, walk, parts);
   }
   return true;
 }

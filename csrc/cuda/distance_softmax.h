@@ -56,7 +56,7 @@ struct ColumnStatistics {
   void* lse;       // T [columns], or null for none
   void* residual;  // T [columns]
   double* state;   // [parts, 2, columns], of each part of the rows: max and sum
-  int64_t groups;  // of rows that a block goes through: a part. 1 for none
+  int64_t groups;  // of rows that a block goes through: a part
 };
 
 // What the gradients by the scores follow from. Each T [rows], or null for zeros.
@@ -71,6 +71,7 @@ struct ScoreGradients {
 
 struct SideGradient {
   bool owns_rows;   // gradients of the rows, or of the columns
+  int64_t groups;   // of these that a block goes through; 1 for matrix units
   void* grad;       // T [splits, count, dim], or null
   double* product;  // [splits, count], or null: Σ ∂L/∂s · t over the pairs of a point
 };

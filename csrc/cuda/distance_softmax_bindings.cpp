@@ -87,13 +87,13 @@ void statistics_entry(const PairArguments& of, const Where& where, const Parts& 
 
 void gradients_entry(const PairArguments& of, const Where& where, const Parts& splits,
                      const std::optional<RoundedSides>& rounded,
-                     const std::array<Address, 10>& terms, bool owns_rows, Address grad,
-                     Address product) {
+                     const std::array<Address, 10>& terms, bool owns_rows, std::int64_t groups,
+                     Address grad, Address product) {
   const Pairs pairs = pairs_from(of);
   const void* p[10];
   for (int i = 0; i < 10; ++i) p[i] = at<const void>(terms[i]);
   const ScoreGradients from = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]};
-  const SideGradient out = {owns_rows, at<void>(grad), at<double>(product)};
+  const SideGradient out = {owns_rows, groups, at<void>(grad), at<double>(product)};
   const Stream stream{where.first, at<void>(where.second)};
   const Splits parts{splits[0], splits[1]};
   py::gil_scoped_release release;

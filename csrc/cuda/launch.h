@@ -59,12 +59,19 @@ class DeviceScope {
 // FASTCONTRAST_LAUNCH(stream, blocks, threads, shared bytes, (kernel<...>), arguments...):
 // allocates nothing and waits for nothing, so that it can be captured into a graph.
 #if !defined(FASTCONTRAST_LAUNCH)
-#define FASTCONTRAST_LAUNCH(stream, blocks, threads, shared, kernel, ...)            \
-  do {                                                                               \
-    const ::fastcontrast::cuda::DeviceScope scope((stream).device);                  \
-    ::fastcontrast::cuda::check(scope.error, #kernel, blocks, threads);              \
-    kernel<<<blocks, threads, shared, (cudaStream_t)(stream).handle>>>(__VA_ARGS__); \
-    ::fastcontrast::cuda::check(cudaGetLastError(), #kernel, blocks, threads);       \
+// Beyond 48 KiB of shared memory a kernel has to be allowed them, on every GPU.
+inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  if (bytes <= (48u << 10)) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+}
+#define FASTCONTRAST_LAUNCH(stream, blocks, threads, shared, kernel, ...)                          \
+  do {                                                                                             \
+    const ::fastcontrast::cuda::DeviceScope scope((stream).device);                                \
+    ::fastcontrast::cuda::check(scope.error, #kernel, blocks, threads);                            \
+    ::fastcontrast::cuda::check(::fastcontrast::cuda::allow_shared((const void*)(kernel), shared), \
+                                #kernel, blocks, threads);                                         \
+    kernel<<<blocks, threads, shared, (cudaStream_t)(stream).handle>>>(__VA_ARGS__);               \
+    ::fastcontrast::cuda::check(cudaGetLastError(), #kernel, blocks, threads);                     \
   } while (false)
 #define FASTCONTRAST_CHECK_ALIGNED(address, bytes) ((void)0)
 // The dynamic shared memory of a block, on 16 bytes.

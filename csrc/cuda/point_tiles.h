@@ -28,13 +28,6 @@ struct Sizes {
   static constexpr int UNIT = 16 / sizeof(T);  // elements moved at once
 };
 
-// Coordinates of the points of both sides, twice: one is read while the other is filled.
-template <typename T>
-struct Stages {
-  T own[2][OWNERS * Sizes<T>::STRIDE];
-  T other[2][Sizes<T>::OTHERS * Sizes<T>::STRIDE];
-};
-
 template <typename T>
 struct SameScalar;
 template <>

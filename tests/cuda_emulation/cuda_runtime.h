@@ -59,6 +59,7 @@ namespace cuda_emulation {
 constexpr unsigned LANES = 32;
 constexpr size_t STACK = 64 << 10;
 constexpr size_t GUARD = 64;
+constexpr size_t MOST_SHARED = 99 << 10;
 constexpr unsigned char GUARD_BYTE = 0xA5;
 
 // The order in which the threads of a block take their turns.
@@ -103,6 +104,7 @@ struct Machine {
   std::exception_ptr error;
   uint32_t random = 1;
   unsigned launches = 0;  // since it was asked
+  uint64_t copied = 0;    // bytes, asynchronously, since it was asked
   std::mutex busy;
 };
 
@@ -233,6 +235,9 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const 
   }
   if (grid.x == 0 || grid.y - 1 >= 65535 || grid.z - 1 >= 65535) {
     throw std::logic_error(shape + "no such grid");
+  }
+  if (shared_bytes > MOST_SHARED) {
+    throw std::logic_error(shape + "more shared memory than GPUs from sm_80 on have for a block");
   }
   ++m.launches;
   m.grid = grid;

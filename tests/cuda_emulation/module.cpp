@@ -16,6 +16,11 @@ PYBIND11_MODULE(_cuda_emulation, m) {
     cuda_emulation::machine().launches = 0;
     return count;
   });
+  m.def("copied_bytes", [] {  // since the last call
+    const uint64_t copied = cuda_emulation::machine().copied;
+    cuda_emulation::machine().copied = 0;
+    return copied;
+  });
   m.def("quotient", [](uint32_t n, uint32_t d) {
     return fastcontrast::cuda::quotient(n, fastcontrast::cuda::divisor(d));
   });

@@ -2,7 +2,8 @@
 
 The kernels of csrc/cuda/distance_softmax.cu and softmax_loss.cu take the points where they lie, in
 any layout, and every distance as the norm of a difference: nothing is centred or prepared, so that
-a loss with its gradients is four launches. Where rounded products are allowed and are many,
+a loss with its gradients is four launches. With few columns a block keeps them in shared memory for
+several groups of rows. Where rounded products are allowed and are many,
 round_points.cu centres and rounds both sides, and distance_softmax_tensor.cu multiplies them in
 matrix units. A symmetric loss takes the softmax of rows and of columns from the same scores, with
 one launch more that merges those of columns. Memory is O((M+N)·D), and COLUMN_STATE_BYTES for
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcontrast.backends.native import devices
+from fastcontrast.backends.native import FEW_COLUMNS, devices
 from fastcontrast.backends.native.extract_patches import SCALARS
 from fastcontrast.backends.scores import (
     KEEPS,
@@ -34,10 +35,13 @@ from fastcontrast.backends.scores import (
 )
 
 # Multiplications of a product, M·N·D, from which matrix units are used where rounding is allowed:
-# below, differences in float32 take less time than rounding both sides first.
+# below, differences in float32 take less time than rounding both sides first. With FEW_COLUMNS they
+# do at any size: they wait for the memory that rounded rows would be written to and read from.
 TENSOR_MINIMUM = 1 << 27
 # Blocks per multiprocessor that a launch should have; fewer owners share out the other side.
 BLOCKS_PER_PROCESSOR = 3
+# Columns up to which blocks keep points in shared memory; as csrc/cuda/point_walk.h has it.
+STAGED_COLUMNS = 1024
 # Tiles that a block should at least have to do: more splits would cost more than they bring.
 TILES_PER_SPLIT = 2
 # Of what parts of the rows bring to the log-sum-exp of every column; never less than one part.
@@ -163,7 +167,7 @@ def _operand(x: Tensor, y: Tensor, precision: str) -> str | None:
 
     Half points lose nothing: float16 has no more bits than tf32, and the smaller exponent.
     """
-    if x.shape[0] * y.shape[0] * x.shape[1] < TENSOR_MINIMUM:
+    if x.shape[0] * y.shape[0] * x.shape[1] < TENSOR_MINIMUM or y.shape[0] <= FEW_COLUMNS:
         return None
     if x.dtype in (torch.bfloat16, torch.float16):
         return "bf16" if x.dtype == torch.bfloat16 else "tf32"
@@ -228,6 +232,12 @@ class _Pairs:
         """Blocks that own so many points."""
         return -(-owners // self.tile.owners)
 
+    def groups(self, blocks: int) -> int:
+        """Groups of owners that a block goes through, so that it reads the others once for all."""
+        if self.rounded is not None or self.y.shape[0] > STAGED_COLUMNS:
+            return 1
+        return max(1, blocks // (BLOCKS_PER_PROCESSOR * devices.processors(self.x)))
+
     def splits(self, blocks: int, others: int) -> tuple[int, int]:
         """Parts of the other side for which blocks of their own run, and the size of one."""
         tiles = -(-others // self.tile.others)
@@ -248,13 +258,13 @@ def _statistics(
     m, n = x.shape[0], pairs.y.shape[0]
     out = empty_statistics(x, score_sum=score_sum, rank=threshold is not None)
     limit = None if threshold is None else threshold.detach().to(pairs.acc).contiguous()
-    blocks, groups, column_state = pairs.blocks(m), 1, None
+    blocks, column_state = pairs.blocks(m), None
+    groups = pairs.groups(blocks)
     if column_lse[0] is not None:  # a block goes through several groups of rows
         most = max(1, COLUMN_STATE_BYTES // (2 * n * torch.float64.itemsize))
-        groups = -(-blocks // most)
-        blocks = -(-blocks // groups)
-        column_state = x.new_empty(blocks, 2, n, dtype=torch.float64)
-    splits = pairs.splits(blocks, n)
+        groups = max(groups, -(-blocks // most))
+        column_state = x.new_empty(-(-blocks // groups), 2, n, dtype=torch.float64)
+    splits = pairs.splits(-(-blocks // groups), n)
     state = counts = None
     if splits[0] > 1:
         state = x.new_empty(splits[0], 4, m, dtype=torch.float64)
@@ -300,7 +310,8 @@ def _side(
     own, other = (pairs.x, pairs.y) if rows else (pairs.y, pairs.x)
     count, dim = own.shape
     parts = max(1, -(-dim // pairs.tile.part)) if needs_points else 1
-    splits = pairs.splits(pairs.blocks(count) * parts, other.shape[0])
+    blocks = pairs.blocks(count) * parts
+    splits = pairs.splits(blocks, other.shape[0])
     shape = (splits[0], count, dim) if needs_points else (0,)
     # Matrix units add to what is there: near pairs come first.
     make = own.new_empty if pairs.rounded is None else own.new_zeros
@@ -313,6 +324,7 @@ def _side(
         pairs.rounded_sides,
         tuple(map(_address, terms)),
         rows,
+        pairs.groups(blocks),
         _address(grad),
         _address(product),
     )

@@ -14,6 +14,7 @@ void async_copy(void* to, const void* from, int bytes) {
   if (bytes < 0 || bytes > size) throw std::logic_error("cp.async of more bytes than its size");
   if (bytes > 0) cuda_emulation::check_aligned(from, size);
   memset(to, 0xFF, size);
+  cuda_emulation::machine().copied += bytes;
   cuda_emulation::Thread& thread = *cuda_emulation::machine().current;
   thread.copies.push_back({to, from, size, bytes, thread.commits});
 }
