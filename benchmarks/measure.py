@@ -34,7 +34,7 @@ class Pace(NamedTuple):
 
 
 QUICK = Pace(1.5, 5, 2)
-FULL = Pace(10.0, 15, 2)
+FULL = Pace(6.0, 15, 2)
 
 
 class Peak(NamedTuple):
@@ -127,8 +127,10 @@ def in_turn(
     times_once: dict[str, float] = {}
     found: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
-        call()
-        times_once[name] = taken = max(seconds_of(call), 1e-7)
+        taken = seconds_of(call)
+        if taken < WARMED_SECONDS:
+            taken = max(seconds_of(call), 1e-7)
+        times_once[name] = taken
         counts[name] = 1 if rounds else max(1, math.ceil(ROUND_SECONDS / taken))
     runs = {name: repeated(call, counts[name]) for name, call in calls.items()}
     ends = time.perf_counter() + pace.seconds

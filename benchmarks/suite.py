@@ -24,6 +24,8 @@ from benchmarks.processes import FREE_SHARE, Measurer
 JOBS = ("losses", "patches", "triplet", "train", "memory")
 # A call that takes longer in the process that measures its memory is not repeated.
 ONCE = {"quick": 4.0, "full": 20.0}
+# A peer whose call would take longer by what it took with fewer rows is not run.
+PREDICTED_LIMIT = {"quick": 4.0, "full": 60.0}
 CALL_LIMIT = {"quick": 60.0, "full": 400.0}  # seconds until a measurement is ended
 CASE_LIMIT = 900.0
 OUT = Path("build/bench")
@@ -169,6 +171,10 @@ class Run:
         if free and needs > FREE_SHARE * free:
             reason = f"needs about {needs / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free"
             return {"status": "skipped", "reason": reason}
+        predicted = 0.0 if provider == OURS else self._predicted(case, provider)
+        if predicted > PREDICTED_LIMIT[self.length]:
+            reason = f"a call would take about {predicted:.0f} s, by what fewer rows took"
+            return {"status": "skipped", "reason": reason}
         answer = self.peaks.ask(
             "peak", CALL_LIMIT[self.length], facts=case.facts, provider=provider, pace=self.pace
         )
@@ -183,6 +189,23 @@ class Run:
             "status": "ok", "version": version, "peak_bytes": found["peak_bytes"],
             "error": found["errors"], "once": found["seconds"],
         }  # fmt: skip
+
+    def _predicted(self, case: Case, provider: str) -> float:
+        """Seconds of a call by the largest measured case of fewer rows: their square counts."""
+        facts = {k: v for k, v in case.facts.items() if k not in ("job", "rows")}
+        rows = case.facts.get("rows", 0)
+        fewer = [
+            row
+            for row in self.record["rows"]
+            if row["provider"] == provider
+            and row["status"] == "ok"
+            and row["case"].get("rows", rows) < rows
+            and {k: v for k, v in row["case"].items() if k not in ("job", "rows")} == facts
+        ]
+        if not fewer:
+            return 0.0
+        nearest = max(fewer, key=lambda row: row["case"]["rows"])
+        return nearest["minimum"] * (rows / nearest["case"]["rows"]) ** 2
 
     def _times(self, case: Case, rows: dict[str, Any], timed: list[str]) -> None:
         """Times of those that are repeated, and of the others the one that there is."""

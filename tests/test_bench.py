@@ -116,6 +116,16 @@ def test_a_run_goes_on_where_it_ended(finished, results, capsys):
     path.write_text(json.dumps(results))
 
 
+def test_a_peer_that_fewer_rows_show_to_be_slow_is_a_row(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "PREDICTED_LIMIT", {"quick": 0.0})
+    flags = ["--quick", "--device", "cpu", "--threads", "1", "--peers", "torch eager"]
+    assert suite.main(["memory", *flags, "--sizes", "16", "24", "--out", str(tmp_path)]) == 0
+    rows = record.read(tmp_path / suite.FILE)["rows"]
+    found = {(row["provider"], row["case"]["rows"]): row for row in rows}
+    assert [row["status"] for row in found.values()].count("ok") == 3
+    assert "by what fewer rows took" in found["torch eager", 24]["reason"]
+
+
 def test_no_case_begins_when_the_time_is_up(results, tmp_path):
     record.save(results | {"rows": []}, tmp_path / suite.FILE)
     assert _bench(tmp_path, "--seconds", "0") == 0
