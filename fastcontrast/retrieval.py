@@ -103,6 +103,8 @@ def recall_at_k(
         >>> recall_at_k(x, torch.tensor([0, 0, 1, 1]), k=(1, 2))
         {1: 0.5, 2: 0.75}
     """
+    if isinstance(k, int):
+        raise TypeError(f"k must be a sequence of integers, got the number {k}")
     for value in k:
         check_count("k", value)
     hits = dict.fromkeys(k, 0)

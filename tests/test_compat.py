@@ -54,6 +54,14 @@ def test_info_nce(mode: str, reduction: str, dtype: torch.dtype) -> None:
     compare(info_nce.InfoNCE(**options), theirs.InfoNCE(**options), inputs, dtype)
 
 
+def test_info_nce_names_mistakes() -> None:
+    x = points(9, 5)
+    with pytest.raises(TypeError, match="negative_keys must be a tensor, got list"):
+        info_nce.info_nce(x, x, [x])
+    with pytest.raises(ValueError, match="negative_keys must have 3 dimensions"):
+        info_nce.info_nce(x, x, x, negative_mode="paired")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_open_clip(bias: bool, dtype: torch.dtype) -> None:

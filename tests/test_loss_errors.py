@@ -27,6 +27,11 @@ BAD_CALLS = {
         TypeError,
         "target must be an int64 or int32 tensor",
     ),
+    "ignored index": (
+        lambda: fc.info_nce_loss(X, Y, torch.arange(4), ignore_index="-100"),
+        TypeError,
+        "ignore_index must be an integer, got str",
+    ),
     "target shape": (
         lambda: fc.info_nce_loss(X, Y, torch.arange(3)),
         ValueError,

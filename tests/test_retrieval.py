@@ -208,6 +208,10 @@ LABELS, IDS = torch.arange(4), torch.arange(6)
 BAD_CALLS = {
     "labels shape": (lambda: fc.recall_at_k(X, IDS), ValueError, r"labels must have shape \[4\]"),
     "labels type": (lambda: fc.recall_at_k(X, [0] * 4), TypeError, "labels must be an int64"),
+    "k alone": (
+        lambda: fc.recall_at_k(X, LABELS, k=1),  # type: ignore[arg-type]
+        TypeError, "k must be a sequence of integers, got the number 1",
+    ),
     "k zero": (lambda: fc.recall_at_k(X, LABELS, k=(1, 0)), ValueError, "k must be at least 1"),
     "no reference labels": (
         lambda: fc.mean_average_precision_at_r(X, LABELS, Y), ValueError, "must be given together",

@@ -45,6 +45,8 @@ def info_nce(
     """
     check_choice("negative_mode", negative_mode, NEGATIVE_MODES)
     if negative_keys is not None:
+        if not isinstance(negative_keys, Tensor):
+            raise TypeError(f"negative_keys must be a tensor, got {type(negative_keys).__name__}")
         dim = 3 if negative_mode == "paired" else 2
         if negative_keys.dim() != dim:
             raise ValueError(

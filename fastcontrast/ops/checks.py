@@ -184,6 +184,8 @@ def check_targets(
     the device.
     """
     check_integers("target", value, (rows.shape[0],), rows.device)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
     ignored = value == ignore_index
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         if not ignored.any():
