@@ -14,7 +14,7 @@ from tolerances import GRADIENT_FLOOR, VALUE_FLOOR, relative_error
 from torch import Tensor
 from variants import on_every_backend
 
-from fastcontrast import info_nce_loss
+from fastcontrast import distance_softmax, info_nce_loss
 
 every_backend = on_every_backend("distance_softmax")
 
@@ -91,3 +91,19 @@ def test_rows_further_apart_than_32_bits(tmp_path: Path, backend: str) -> None:
             b = info_nce_loss(*same, metric=metric, backend=backend)
             assert torch.equal(a, b)
             assert torch.equal(gradients(a, far)[0], gradients(b, near)[0])
+
+
+@every_backend
+def test_a_score_that_equals_the_threshold_does_not_rank(backend: str) -> None:
+    """Products of small integers are exact on every unit, and so ties are ties."""
+    x, y = torch.randint(-3, 4, (9, 5)).float(), torch.randint(-3, 4, (23, 5)).float()
+    s = x @ y.T
+    threshold = s[:, 7]
+    exclude = torch.arange(9)  # some of them above the threshold
+    r = distance_softmax(
+        x, y, metric="dot", exclude=exclude, threshold=threshold, precision="ieee", backend=backend
+    )
+    above = s > threshold[:, None]
+    above[torch.arange(9), exclude] = False
+    assert torch.equal(r.rank, above.sum(1))
+    assert int((s == threshold[:, None]).sum()) > 9  # more than each row's own

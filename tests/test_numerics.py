@@ -411,6 +411,26 @@ def test_an_excluded_nan_does_not_count(backend: str) -> None:
     assert relative_error(lse, (x.double() @ clean.double().T).logsumexp(1)) < 2e-6
 
 
+@every_backend
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "dot"])
+def test_a_filled_column_that_is_excluded_leaves_gradients_alone(metric: str, backend: str) -> None:
+    """What docs/numerics.md tells to do with a bad column: 0 · NaN is NaN in a matrix product."""
+    x, y = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4)
+    y[2] = torch.nan
+    y.requires_grad_()
+    bad = y.isnan().any(1)
+    exclude = torch.full((5,), 2)
+    filled = y.masked_fill(bad[:, None], 0.0)
+    r = distance_softmax(x, filled, exclude=exclude, metric=metric, backend=backend)
+    t = distance_softmax(x.double(), y[~bad].double(), metric=metric, backend="reference")
+    assert relative_error(r.lse, t.lse) < VALUE_FLOOR[torch.float32]
+    dx, dy = gradients(r.lse.sum(), x, y)
+    ex, ey = gradients(t.lse.sum(), x, y)
+    assert relative_error(dx, ex) < GRADIENT_FLOOR[torch.float32]
+    assert relative_error(dy, ey) < GRADIENT_FLOOR[torch.float32]
+    assert torch.equal(dy[2], torch.zeros(4))
+
+
 @pytest.mark.skipif(native.IMPORT_PROBLEM is not None, reason=str(native.IMPORT_PROBLEM))
 def test_addresses_are_64_bit() -> None:
     from fastcontrast.backends.native.distance_softmax import _address

@@ -1,5 +1,10 @@
 """What losses of this kind get wrong elsewhere: each trap, and the tests that would fall into it.
 
+On every backend, in two places. The kernels meet what they could get wrong in the tests of their
+ops, those that are emulated or interpreted too. Losses are plain PyTorch around the ops: each meets
+the traps here on the reference and on every instruction set of the CPU, and emulated or interpreted
+kernels run one test of each loss (THROUGH_EVERY_LOSS in variants.py).
+
  1. Square root at 0, duplicates, self-pairs: test_coincident_points_have_gradient_zero,
     test_equal_keys_share_and_ties_do_not_rank, test_a_batch_of_one_point_has_gradient_zero
  2. Cancellation in squared distances: test_an_offset_common_to_all_points_costs_nothing,
@@ -30,7 +35,8 @@
 17. Half inputs: test_half_inputs_lose_only_their_own_rounding,
     test_squares_that_overflow_float16
 18. NaN and inf: test_bad_numbers_show, test_non_finite_inputs_show,
-    test_an_excluded_nan_does_not_count
+    test_an_excluded_nan_does_not_count,
+    test_a_filled_column_that_is_excluded_leaves_gradients_alone
 19. Strides, slices, expanded and transposed operands: test_layouts_do_not_matter, test_layouts
 20. Zero vectors have no direction: test_zero_vectors_have_no_direction,
     test_cosine_at_every_temperature_and_size
@@ -46,7 +52,8 @@
     test_a_class_id_may_be_any_integer, test_mistakes_are_named
 27. Triton's quirks: test_splits_of_the_other_side, test_strides_of_half_points,
     test_the_launch_table_is_whole
-28. Ties: test_equal_keys_share_and_ties_do_not_rank
+28. Ties: test_equal_keys_share_and_ties_do_not_rank,
+    test_a_score_that_equals_the_threshold_does_not_rank
 """
 
 from __future__ import annotations
