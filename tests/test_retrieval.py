@@ -209,7 +209,7 @@ BAD_CALLS = {
     "labels shape": (lambda: fc.recall_at_k(X, IDS), ValueError, r"labels must have shape \[4\]"),
     "labels type": (lambda: fc.recall_at_k(X, [0] * 4), TypeError, "labels must be an int64"),
     "k alone": (
-        lambda: fc.recall_at_k(X, LABELS, k=1),  # type: ignore[arg-type]
+        lambda: fc.recall_at_k(X, LABELS, k=1),
         TypeError, "k must be a sequence of integers, got the number 1",
     ),
     "k zero": (lambda: fc.recall_at_k(X, LABELS, k=(1, 0)), ValueError, "k must be at least 1"),
