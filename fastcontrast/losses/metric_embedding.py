@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,10 +100,12 @@ def metric_embedding_loss(
     if each_row and (queue is not None or return_stats):
         raise ValueError("anchors of each row [M, C, D] take neither queue nor return_stats")
     scale = inverse_temperature(temperature, embeddings, anchors)
-    if not isinstance(unlabelled_weight, (int, float)):
+    if isinstance(unlabelled_weight, bool) or not isinstance(unlabelled_weight, (int, float)):
         raise TypeError(
             f"unlabelled_weight must be a number, got {type(unlabelled_weight).__name__}"
         )
+    if not math.isfinite(unlabelled_weight):
+        raise ValueError(f"unlabelled_weight must be finite, got {unlabelled_weight}")
     classes = anchors.shape[-2]
     if classes == 0:
         raise ValueError(f"anchors must hold at least one class, got {list(anchors.shape)}")
