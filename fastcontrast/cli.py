@@ -192,23 +192,34 @@ def _train(recipe: str, flags: list[str]) -> int:
     if missing:
         return _fail(f'train needs {", ".join(missing)}: pip install "fastcontrast[train]"')
     from fastcontrast.train.loop import NonFiniteLossError
+    from fastcontrast.train.ranks import LostRankError, process_group
     from fastcontrast.train.runs import RECIPES as CONFIGS
     from fastcontrast.train.settings import configure
 
     module = import_module(f"fastcontrast.train.{recipe}")
     try:
-        job = module.prepare(configure(CONFIGS[recipe], module.HELP, flags))
+        config = configure(CONFIGS[recipe], module.HELP, flags)
+        with process_group(config.device, config.rank_timeout):
+            return _run_recipe(recipe, module, config)
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error))
+    except (NonFiniteLossError, LostRankError) as error:
+        return _fail(str(error), _FAILED)
+
+
+def _run_recipe(recipe: str, module: Any, config: Any) -> int:
+    from fastcontrast.train.ranks import is_first
+
+    job = module.prepare(config)
     try:
         result = module.train(job)
-    except ValueError as error:  # what was to be resumed is damaged
-        return _fail(str(error))
-    except (NonFiniteLossError, OSError) as error:
+    except OSError as error:  # what was to be written, as opposed to read
         return _fail(str(error), _FAILED)
-    module.show(job, result)
-    _print_written(recipe, job.run, result)
-    return _INTERRUPTED if result.interrupted else 0
+    if is_first():
+        module.show(job, result)
+        _print_written(recipe, job.run, result)
+    # Where a rank fails, torchrun ends the others: they leave rank 0 the time to write.
+    return _INTERRUPTED if result.interrupted and is_first() else 0
 
 
 def _report(command: str, arguments: list[str]) -> int:

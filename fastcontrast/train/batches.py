@@ -65,7 +65,8 @@ class Pixels:
         if shift or mirror:
             return random_patches(
                 images, 1, (height, width), padding=shift,
-                padding_mode="constant" if shift else "error", fill=round(self.mean),
+                padding_mode="constant" if shift else "error",
+                fill=round(self.mean) if shift else 0.0,
                 hflip=0.5 if mirror else 0.0, mean=mean, std=std, index=index, seed=seed, step=step,
             ).data[:, 0]  # fmt: skip
         count = len(images) if index is None else len(index)

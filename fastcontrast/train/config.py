@@ -81,6 +81,9 @@ class RunConfig:
     """Where to train. "auto": the GPU if torch sees one."""
     threads: int = 0
     """CPU threads; their number may change the last bits. 0: torch's choice."""
+    rank_timeout: int = 1800
+    """Under torchrun: seconds that a rank waits for the others, while rank 0 evaluates for example,
+    before it takes them for lost."""
     amp: bool = False
     """Run the network in bfloat16 where autocast does; losses stay in float32."""
     compile: Literal["off", "default", "reduce-overhead"] = "off"
@@ -97,6 +100,7 @@ class RunConfig:
     def check(self) -> None:
         """Raise ValueError that names the first field whose value is unusable."""
         at_least(self, 1, "steps", "batch_size", "log_every", "eval_every", "patience")
+        at_least(self, 1, "rank_timeout")
         at_least(self, 0, "threads", "weight_decay", "lr_decay", "image_size", "plateau_drops")
         require(0 <= self.seed < 2**63, self, "seed", "0 to 2**63 - 1")
         require(self.learning_rate > 0, self, "learning_rate", "more than 0")
@@ -299,7 +303,7 @@ class SpatialConfig(RunConfig):
 RUN_FIELDS = frozenset(
     (
         *("out_dir", "name", "resume", "overwrite", "device", "threads"),
-        *("compile", "log_every", "eval_every"),
+        *("compile", "log_every", "eval_every", "rank_timeout"),
     )
 )
 

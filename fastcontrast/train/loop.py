@@ -4,7 +4,7 @@ The loop owns the order of things (update, log, evaluate, checkpoint, stop) and 
 step computes is a pure function of the step's number, so that a run can be continued from a
 checkpoint as if it had never stopped. The network's outputs are cut out of the graph before the
 loss: its gradient is taken first, then the network's, so that each can be timed, and the outputs
-of several processes brought together in between.
+of several ranks brought together in between (:mod:`fastcontrast.train.ranks`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastcontrast.ops.ranks import world_size
 from fastcontrast.train.checkpoints import TrainingState, latest_checkpoint, save_checkpoint
 from fastcontrast.train.clock import Clock
+from fastcontrast.train.ranks import Shares, any_rank, from_first, is_first, sum_gradients
 from fastcontrast.train.runs import RunFolder, append_metrics
 from fastcontrast.train.schedules import Schedule
 
@@ -30,7 +32,10 @@ Targets = TypeVar("Targets")
 
 
 class Batch(NamedTuple, Generic[Targets]):
-    """What the network takes, and what the loss takes beside the network's outputs."""
+    """What the network takes, and what the loss takes beside the network's outputs.
+
+    Of several ranks, each has its share of the images, and the targets of all of them.
+    """
 
     images: Tensor
     targets: Targets
@@ -63,7 +68,7 @@ class Task(Generic[Targets]):
         batch_at: The batch of the step that follows this many finished ones.
         loss: From outputs and targets, the scalar to minimise and its parts to be logged, [P].
         part_names: Names of the parts, in their order; the first is ``"loss"``.
-        images_per_step: How many images a batch has.
+        shares: How many images a batch has, and which of them a rank takes.
         evaluate: Figures of a network in the state it is in, to be logged.
         schedule: Of the learning rate.
         steps: Where to end.
@@ -76,7 +81,7 @@ class Task(Generic[Targets]):
     batch_at: Callable[[int], Batch[Targets]]
     loss: Callable[[Tensor, Targets], tuple[Tensor, Tensor]]
     part_names: tuple[str, ...]
-    images_per_step: int
+    shares: Shares
     evaluate: Callable[[nn.Module], dict[str, float]]
     schedule: Schedule
     steps: int
@@ -110,11 +115,13 @@ def train_step(
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=amp):
         outputs = task.forward(model, batch.images)
     clock.lap("model")
-    cut = outputs.detach().float().requires_grad_()
+    wide = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+    cut = task.shares.whole(wide).requires_grad_()
     loss, parts = task.loss(cut, batch.targets)
     (gradient,) = torch.autograd.grad(loss, cut)
     clock.lap("loss")
-    outputs.backward(gradient.to(outputs.dtype))
+    outputs.backward(task.shares.own(gradient).to(outputs.dtype))
+    sum_gradients(p for group in optimizer.param_groups for p in group["params"])
     optimizer.step()
     clock.lap("model")
     return parts.detach()
@@ -140,7 +147,8 @@ def fit(
 
     Every ``log_every`` steps a line goes to the metrics (the one time that the host waits for the
     device); every ``eval_every`` steps the model is evaluated and a checkpoint written. Both also
-    happen after the last step. A stop is taken after the current step, with a checkpoint.
+    happen after the last step. A stop is taken after the current step, with a checkpoint. All ranks
+    take every step, and the stop that one of them is asked for; rank 0 evaluates and writes.
 
     Args:
         model: Trained in place.
@@ -163,10 +171,11 @@ def fit(
     Raises:
         NonFiniteLossError: If a loss or a weight is NaN or infinite. Not checkpointed.
         OSError: If metrics or a checkpoint could not be written. The previous checkpoint is kept.
+        LostRankError: If another rank has stopped. The previous checkpoint is kept.
     """
     model.train()
     device = state.sums.device
-    clock = Clock(device, task.images_per_step)
+    clock = Clock(device, task.shares.total)
     begun = time.perf_counter() - state.seconds
     while state.step < task.steps and not task.schedule.is_over(state.watched):
         rate = task.schedule.at(state.step, state.watched)
@@ -182,7 +191,7 @@ def fit(
         clock.end()
         done = state.step + 1
         state = state.after(parts)
-        stopping, last = should_stop(), done == task.steps
+        stopping, last = any_rank(should_stop()), done == task.steps
         evaluating = last or done % eval_every == 0
         record: dict[str, Any] = {}
         if last or done % log_every == 0:
@@ -196,7 +205,7 @@ def fit(
             _require_finite(state.interval, done, run)
             _require_finite(torch.stack([p.detach().sum() for p in model.parameters()]), done, run)
         if evaluating:
-            figures = task.evaluate(model if average is None else average)
+            figures = from_first(lambda: task.evaluate(model if average is None else average))
             record |= figures
             figures["interval_loss"] = (state.interval[0] / state.interval_steps).item()
             watched = figures[task.watch]
@@ -210,8 +219,9 @@ def fit(
         state = replace(state, seconds=time.perf_counter() - begun)
         if record:
             record = {"step": done, **record, "seconds": round(state.seconds, 3)}
+        if record and is_first():
             append_metrics(run, record)
-        if evaluating or stopping:
+        if (evaluating or stopping) and is_first():
             save_checkpoint(run.checkpoints, model, optimizer, state, average, best=best)
         progress.advance(done)
         if record:
@@ -236,7 +246,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     The first signal makes the yielded function return True; after it the signals act as before, so
     that a second Ctrl-C stops at once. Outside the main thread, where Python takes no signal
-    handlers, the function always returns False.
+    handlers, the function always returns False. Under torchrun, which passes on signals that a rank
+    may have had already and kills after 30 seconds, further ones are ignored.
     """
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -251,7 +262,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     def take(number: int, frame: Any) -> None:
         received.set()
-        restore()
+        if world_size() == 1:
+            restore()
 
     for number in watched:
         signal.signal(number, take)

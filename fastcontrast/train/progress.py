@@ -15,6 +15,7 @@ from typing import Any
 from fastcontrast.train.clock import PARTS
 from fastcontrast.train.evaluation import Figure
 from fastcontrast.train.loop import Progress
+from fastcontrast.train.ranks import is_first
 
 # What keys of the metrics mean, where their words do not say it.
 LABELS = {
@@ -61,7 +62,8 @@ def tensorboard(progress: Progress, folder: Path, done: int) -> Iterator[Progres
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         SummaryWriter = None
-    if SummaryWriter is None:  # outside of the except: what fails inside is no import's fault
+    # Outside of the except: what fails inside is no import's fault.
+    if SummaryWriter is None or not is_first():
         yield progress
         return
     writer = SummaryWriter(str(folder), purge_step=done)

@@ -29,6 +29,7 @@ from fastcontrast.train.evaluation import (
 )
 from fastcontrast.train.loop import Batch, Task
 from fastcontrast.train.progress import print_errors
+from fastcontrast.train.ranks import Shares, is_first
 from fastcontrast.train.runs import RunFolder, save_embeddings, write_results
 
 HELP = """\
@@ -199,20 +200,20 @@ def train(job: stage.Job[SemisupConfig]) -> Result:
     chosen = torch.from_numpy(split.labelled.reshape(-1)).to(device)
     labelled_images, labelled_labels = train_images[chosen], train_labels[chosen]
 
+    classes = dataset.num_classes
+    queries = classes if config.batches == "code" else config.batch_size
+    shares = Shares(queries, config.batch_size, classes)
+
     def batch_at(step: int) -> Batch[Tensor]:
         drawn = sample_step(split, config.batch_size, config.seed, step, config.batches)
         order = np.concatenate([drawn.labelled, drawn.unlabelled, drawn.anchors])
         index = torch.from_numpy(order).to(device, non_blocking=True)
-        return Batch(pixels.cut(train_images, index), train_labels[index[: len(drawn.labelled)]])
-
-    classes = dataset.num_classes
-    queries = classes if config.batches == "code" else config.batch_size
+        return Batch(pixels.cut(train_images, shares.own(index)), train_labels[index[:queries]])
 
     def forward(network: Callable[..., Tensor], images: Tensor) -> Tensor:
         if not config.separate_norms:
             return network(images)
-        streams = images.split([queries, len(images) - queries - classes, classes])
-        return torch.cat([network(stream) for stream in streams])
+        return torch.cat([network(stream) for stream in images.split(shares.own_groups)])
 
     def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return semisup_loss(
@@ -230,7 +231,7 @@ def train(job: stage.Job[SemisupConfig]) -> Result:
         forward=forward,
         loss=loss,
         part_names=PART_NAMES,
-        images_per_step=queries + config.batch_size + classes,
+        shares=shares,
         evaluate=lambda network: {f"error_{k}nn": e for k, e in errors(network).items()},
         schedule=config.rates,
         steps=config.steps,
@@ -244,6 +245,8 @@ def train(job: stage.Job[SemisupConfig]) -> Result:
     )
     with stage.session(job) as should_stop:
         trained = stage.run_stage(job, run, model, task, should_stop, announcement)
+        if not is_first():
+            return Result(run, trained.step, trained.interrupted, {}, {})
         pixel = pixel_errors(labelled_images, labelled_labels, test_images, test_labels)
         result = Result(run, trained.step, trained.interrupted, errors(trained.model), pixel)
         test = embed(trained.model, test_images, pixels).cpu()

@@ -29,6 +29,7 @@ from fastcontrast.train.evaluation import Figure, embed
 from fastcontrast.train.loop import Batch, Task
 from fastcontrast.train.probes import linear_probe
 from fastcontrast.train.progress import print_figures
+from fastcontrast.train.ranks import Shares, is_first
 from fastcontrast.train.runs import RunFolder, save_embeddings, write_results
 
 HELP = """\
@@ -180,7 +181,7 @@ def train(job: stage.Job[SpatialConfig]) -> Result:
         if config.pretraining_steps:
             ended = pretrain(job, trunk, should_stop)
         subsets = labelled_subsets(config, dataset)
-        if not ended.interrupted:
+        if is_first() and not ended.interrupted:
             given = (
                 "spatial contrasting" if config.pretraining_steps else "the weights it began with"
             )
@@ -197,12 +198,14 @@ def train(job: stage.Job[SpatialConfig]) -> Result:
                     break
                 model = build_classifier(copy.deepcopy(start), job)
                 ended = fine_tune(job, model, index, f"{name}{fold}", rate, should_stop)
-                errors.append(_test(job, ended.model, save=name == "finetuned"))
+                if is_first():
+                    errors.append(_test(job, ended.model, save=name == "finetuned"))
             if len(errors) == len(subsets) and not ended.interrupted:
                 figures.append(_figure(job, name, errors, len(next(iter(subsets.values())))))
         result = Result(job.run, ended.step, ended.interrupted, figures)
-        write_results(job.run, result.step, result.figures)
-        plots.plot_run(job.run, config, dataset)
+        if is_first():
+            write_results(job.run, result.step, result.figures)
+            plots.plot_run(job.run, config, dataset)
     return result
 
 
@@ -214,15 +217,17 @@ def pretrain(
     further = [] if dataset.unlabelled_images is None else [dataset.unlabelled_images]
     images = torch.cat([dataset.train_images, *further]).to(device)
     count, crops = len(images), config.patches == "images"
+    per_image = Shares(config.batch_size)
+    shares = Shares(config.batch_size, config.batch_size) if crops else per_image
 
     def batch_at(step: int) -> Batch[PatchTargets]:
         drawn = shuffled_batch(count, config.batch_size, config.seed, step)
         index = torch.from_numpy(drawn).to(device, non_blocking=True)
-        targets = PatchTargets(index, step)
+        targets, own = PatchTargets(index, step), per_image.own(index)
         if not crops:
-            return Batch(_augmented(job, images, index, step), targets)
+            return Batch(_augmented(job, images, own, step), targets)
         patches = random_patches(
-            images, 2, config.patch_size, index=index, seed=config.seed + _PATCHES, step=step,
+            images, 2, config.patch_size, index=own, seed=config.seed + _PATCHES, step=step,
             min_distance=config.min_offset or None, hflip=0.5 if config.mirror else 0.0,
             mean=pixels.mean / 255, std=pixels.std / 255,
         ).data  # fmt: skip
@@ -239,7 +244,7 @@ def pretrain(
         batch_at=batch_at,
         loss=loss,
         part_names=("loss",),
-        images_per_step=config.batch_size * (2 if crops else 1),
+        shares=shares,
         evaluate=lambda network: {},
         schedule=replace(
             config.rates, rate=config.pretraining_learning_rate, steps=steps, drops=drops
@@ -284,12 +289,13 @@ def fine_tune(
     images = dataset.train_images[chosen].to(device)
     labels = dataset.train_labels[chosen].to(device)
     batch = min(config.batch_size, len(images))
+    shares = Shares(batch)
 
     def batch_at(step: int) -> Batch[Tensor]:
         seed_dropout(config.seed, step, device)
         drawn = shuffled_batch(len(images), batch, config.seed, step)
         index = torch.from_numpy(drawn).to(device, non_blocking=True)
-        return Batch(_augmented(job, images, index, step), labels[index])
+        return Batch(_augmented(job, images, shares.own(index), step), labels[index])
 
     def loss(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         value = F.cross_entropy(scores, targets)
@@ -302,7 +308,7 @@ def fine_tune(
         batch_at=batch_at,
         loss=loss,
         part_names=("loss",),
-        images_per_step=batch,
+        shares=shares,
         evaluate=evaluate,
         schedule=replace(config.rates, rate=rate),
         steps=config.steps,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcontrast.data import ImageDataset, load_dataset
+from fastcontrast.ops.ranks import world_size
 from fastcontrast.train.batches import Pixels, pixels_of
 from fastcontrast.train.checkpoints import (
     TrainingState,
@@ -27,6 +28,7 @@ from fastcontrast.train.checkpoints import (
 from fastcontrast.train.loop import Task, fit, stop_on_signal
 from fastcontrast.train.models import network_for
 from fastcontrast.train.progress import show_progress, tensorboard
+from fastcontrast.train.ranks import from_first, is_first, spread_layers
 from fastcontrast.train.runs import (
     Config,
     RunFolder,
@@ -101,6 +103,8 @@ def prepare(
         FileNotFoundError: If a file of the data, or the run to be resumed, is missing.
         OSError: If the run folder cannot be written.
     """
+    if config.compile != "off" and world_size() > 1:
+        raise ValueError(f"compile is {config.compile!r}; wanted 'off' on {world_size()} ranks")
     device = find_device(config.device)
     dataset = load_dataset(config.data, config.dataset, config.image_size or None)
     check(dataset)
@@ -118,7 +122,7 @@ def open_job(job: Job[Config]) -> Job[Config]:
     Raises:
         ValueError, FileNotFoundError, OSError: See :func:`fastcontrast.train.runs.open_run`.
     """
-    run, config = open_run(job.config)
+    run, config = from_first(lambda: open_run(job.config))
     return replace(job, run=run, config=config)
 
 
@@ -168,6 +172,7 @@ def run_stage(
     """
     config, device = job.config, job.device
     place(model, device)
+    spread_layers(model, task.shares)
     average = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else None
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -178,17 +183,16 @@ def run_stage(
         nesterov=config.nesterov,
     )
     state = TrainingState.fresh(len(task.part_names), device)
-    begun = run.path.is_dir()  # a stage that was not reached has no folder yet
-    run.path.mkdir(exist_ok=True)
+    begun, checkpoint = from_first(lambda: _open_stage(run))
     if config.resume and begun:
-        checkpoint = latest_checkpoint(run.checkpoints)
         if checkpoint:
             state = load_checkpoint(checkpoint, model, optimizer, device, average)
             announcement += f"\ncontinuing after step {state.step:,}"
         else:
             announcement += f"\nno checkpoint in {run.checkpoints}: starting over from step 0"
-        rewind_metrics(run, state.step)
-        note_resumption(job.run, config, state.step, "" if run == job.run else run.path.name)
+        if is_first():
+            rewind_metrics(run, state.step)
+            note_resumption(job.run, config, state.step, "" if run == job.run else run.path.name)
     print(announcement, flush=True)
     runner = model
     if config.compile != "off":
@@ -214,6 +218,13 @@ def run_stage(
         )
     ended = state.step >= task.steps or task.schedule.is_over(state.watched)
     return Trained(model if average is None else average, state.step, not ended)
+
+
+def _open_stage(run: RunFolder) -> tuple[bool, Path | None]:
+    """Make a stage's folder; return whether it was there, and the checkpoint in it."""
+    begun = run.path.is_dir()  # a stage that was not reached has no folder yet
+    run.path.mkdir(exist_ok=True)
+    return begun, latest_checkpoint(run.checkpoints)
 
 
 def place(model: nn.Module, device: torch.device) -> None:

@@ -31,6 +31,7 @@ from fastcontrast.train.evaluation import (
 from fastcontrast.train.loop import Batch, Task
 from fastcontrast.train.probes import Probe, linear_probe
 from fastcontrast.train.progress import print_figures
+from fastcontrast.train.ranks import Shares, is_first
 from fastcontrast.train.runs import RunFolder, save_embeddings, write_results
 
 HELP = """\
@@ -215,6 +216,7 @@ def train(job: stage.Job[TripletConfig]) -> Result:
     test_triplets = fixed_triplets(dataset.test_labels)
     held_triplets = fixed_triplets(dataset.train_labels[held]) if len(held) else None
     siamese = config.loss == "siamese"
+    shares = Shares(*[config.batch_size] * (2 if siamese else 3))
 
     def batch_at(step: int) -> Batch[Tensor | None]:
         seed_dropout(config.seed, step, device)
@@ -224,7 +226,7 @@ def train(job: stage.Job[TripletConfig]) -> Result:
             targets = torch.from_numpy(same).to(device, non_blocking=True)
         else:
             drawn = draw_triplets(members, config.batch_size, random)
-        index = torch.from_numpy(np.ascontiguousarray(drawn.T).reshape(-1))
+        index = shares.own(torch.from_numpy(np.ascontiguousarray(drawn.T).reshape(-1)))
         return Batch(pixels.cut(train_images, index.to(device, non_blocking=True)), targets)
 
     def loss(embeddings: Tensor, same: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -246,7 +248,7 @@ def train(job: stage.Job[TripletConfig]) -> Result:
         batch_at=batch_at,
         loss=loss,
         part_names=("loss",) if siamese else ("loss", "error_train"),
-        images_per_step=(2 if siamese else 3) * config.batch_size,
+        shares=shares,
         evaluate=evaluate,
         schedule=config.rates,
         steps=config.steps,
@@ -261,6 +263,8 @@ def train(job: stage.Job[TripletConfig]) -> Result:
     )
     with stage.session(job) as should_stop:
         trained = stage.run_stage(job, run, model, task, should_stop, announcement)
+        if not is_first():
+            return Result(run, trained.step, trained.interrupted, [])
         points = embed(trained.model, train_images, pixels)
         test = embed(trained.model, test_images, pixels)
         figures = [
