@@ -45,6 +45,9 @@ recipes:
 
 Each recipe's --help lists its flags and presets. Without --data they train on the images of MNIST
 that come with the package, in minutes.
+
+Over several processes or GPUs, with the same flags; the batch size is that of all together:
+  torchrun --nproc-per-node N -m fastcontrast train RECIPE [flags]
 """
 
 DOCTOR_HELP = """\
