@@ -19,7 +19,7 @@ usage: fastcontrast COMMAND [flags]
 Contrastive and metric losses on distances, for PyTorch.
 
 commands:
-  train RECIPE    learn an embedding: triplet, spatial or semisup; its --help lists the flags
+  train RECIPE    learn an embedding: triplet, spatial, semisup or temporal; see its --help
   eval RUN        linear layer, SVM and nearest neighbours on a run's frozen embeddings
   embed RUN       write a run's embeddings to an .npz file
   plot RUN        draw a run's pictures again
@@ -42,9 +42,10 @@ recipes:
   triplet   triplet network: two images of one class against one of another
   spatial   spatial contrasting: patches without labels first, then few labels
   semisup   semi-supervised metric embedding: a few labels, the other images without
+  temporal  time as the comparison: frames of sequences, without labels
 
 Each recipe's --help lists its flags and presets. Without --data they train on the images of MNIST
-that come with the package, in minutes.
+that come with the package, temporal on sequences in which these move, in minutes.
 
 Over several processes or GPUs, with the same flags; the batch size is that of all together:
   torchrun --nproc-per-node N -m fastcontrast train RECIPE [flags]
@@ -86,7 +87,7 @@ known layouts, in DIR or in the folder in which torchvision keeps them:
 """
 
 _TRAIN_PACKAGES = ("tyro", "rich", "matplotlib", "safetensors")
-RECIPES = ("triplet", "spatial", "semisup")
+RECIPES = ("triplet", "spatial", "semisup", "temporal")
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 

@@ -30,11 +30,17 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from fastcontrast import cli
-from fastcontrast.train import models, plots, semisup, spatial, stage, triplet
+from fastcontrast.train import models, plots, semisup, spatial, stage, temporal, triplet
 from fastcontrast.train.batches import Pixels
 from fastcontrast.train.checkpoints import latest_checkpoint
 from fastcontrast.train.clock import Clock
-from fastcontrast.train.config import RunConfig, SemisupConfig, SpatialConfig, TripletConfig
+from fastcontrast.train.config import (
+    RunConfig,
+    SemisupConfig,
+    SpatialConfig,
+    TemporalConfig,
+    TripletConfig,
+)
 from fastcontrast.train.loop import train_step
 from fastcontrast.train.ranks import Shares, spread_layers
 from fastcontrast.train.runs import RunFolder, read_metrics
@@ -62,8 +68,11 @@ CONFIGS: dict[str, RunConfig] = {
         batches="code", separate_norms=True, squared=True, batch_size=4, steps=2,
         labels_per_class=2, **SHARED,
     ),
+    "temporal": TemporalConfig(batch_size=4, clip_length=2, steps=1, **SHARED),
 }  # fmt: skip
-RECIPES: dict[str, Any] = {"triplet": triplet, "spatial": spatial, "semisup": semisup}
+RECIPES: dict[str, Any] = {
+    "triplet": triplet, "spatial": spatial, "semisup": semisup, "temporal": temporal
+}  # fmt: skip
 # Of runs in float64. A step differs by 1e-15 of the largest gradient, and the next ones, at rates
 # that make losses jump, carry it on: a hundredfold each. In float32 that would hide a mistake.
 AGREE: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-10}
@@ -71,7 +80,9 @@ WHOLE = ("triplet", "spatial", "semisup")  # runs to the end; of the others the 
 
 
 def run(config: RunConfig, folder: Path, name: str, **changes: Any) -> Any:
-    place = {"data": str(folder / "data"), "out_dir": folder / "runs", "name": name}
+    place: dict[str, Any] = {"out_dir": folder / "runs", "name": name}
+    if config.recipe != "temporal":  # whose own sequences are made in a second
+        place["data"] = str(folder / "data")
     config = dataclasses.replace(config, **place, **changes)
     module = RECIPES[config.recipe]
     return module.train(module.prepare(config))

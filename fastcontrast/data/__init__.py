@@ -12,6 +12,7 @@ from fastcontrast.data.image_folder import load_image_folder
 from fastcontrast.data.mnist import load_mnist, read_idx
 from fastcontrast.data.moving_digits import SequenceDataset, moving_digits
 from fastcontrast.data.sample import mnist_sample
+from fastcontrast.data.sequence_sets import SequenceSet, load_sequence_set
 from fastcontrast.data.sequences import load_sequences
 from fastcontrast.data.sets import SetReport, describe, load_dataset, verify
 from fastcontrast.data.stl10 import load_stl10
@@ -20,12 +21,14 @@ from fastcontrast.data.svhn import load_svhn
 __all__ = [
     "ImageDataset",
     "SequenceDataset",
+    "SequenceSet",
     "SetReport",
     "describe",
     "load_cifar10",
     "load_dataset",
     "load_image_folder",
     "load_mnist",
+    "load_sequence_set",
     "load_sequences",
     "load_stl10",
     "load_svhn",

@@ -94,14 +94,14 @@ class ClipSampler:
             _check_sequence(name, array, names[0], arrays[0], needed)
         self.clips, self.length, self.stride = clips, length, stride
         self.seed, self.step = seed, step
-        self._sequences = arrays
+        self.sequences = arrays
         self._starts = torch.tensor([array.shape[0] - needed + 1 for array in arrays])
 
     def batch(self, step: int) -> Clips:
         """The clips of a step, on the CPU."""
         check_seed(self.seed, step)
         number = torch.arange(step * self.clips, (step + 1) * self.clips)
-        count = len(self._sequences)
+        count = len(self.sequences)
         rounds, places = number // count, number % count
         orders = {e: self._order(e) for e in rounds.unique().tolist()}
         chosen = torch.stack(
@@ -111,14 +111,14 @@ class ClipSampler:
         times = start[:, None] + self.stride * torch.arange(self.length)
         reach = (self.length - 1) * self.stride + 1
         frames = [
-            _frames(self._sequences[sequence][first : first + reach : self.stride])
+            _frames(self.sequences[sequence][first : first + reach : self.stride])
             for sequence, first in zip(chosen.tolist(), start.tolist(), strict=True)
         ]
         return Clips(torch.stack(frames), chosen[:, None].expand(-1, self.length), times)
 
     def _order(self, turn: int) -> Tensor:
         """The sequences in the order of one turn, int64 [S]."""
-        drawn = words(self.seed, turn, CLIP_ORDER, torch.arange(len(self._sequences)))
+        drawn = words(self.seed, turn, CLIP_ORDER, torch.arange(len(self.sequences)))
         return (drawn[0] << 31 | drawn[1] >> 1).argsort(stable=True)
 
     def __iter__(self) -> Iterator[Clips]:

@@ -26,11 +26,11 @@ def generator(seed: int, stream: int, step: int = 0) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Pixels:
-    """How bytes become the network's input: ``(x - mean) / std``.
+    """How bytes, or channels as they are, become the network's input: ``(x - mean) / std``.
 
     Attributes:
-        mean: In bytes, 0 to 255.
-        std: In bytes, positive.
+        mean: In bytes, 0 to 255, or in the units of the channels.
+        std: In bytes, or in the units of the channels, positive.
     """
 
     mean: float
@@ -49,7 +49,7 @@ class Pixels:
         """Take whole images, normalised; translated and mirrored at random on request.
 
         Args:
-            images: uint8 [N, C, H, W].
+            images: uint8 [N, C, H, W]; of channels floating point, taken whole.
             index: Which of them, int64 [B]; None for all.
             shift: Largest translation in pixels; what comes into view is the mean,
                 rounded to a byte.
@@ -60,6 +60,8 @@ class Pixels:
         Returns:
             float32 [B, C, H, W].
         """
+        if images.is_floating_point():
+            return ((images if index is None else images[index]).float() - self.mean) / self.std
         height, width = images.shape[2:]
         mean, std = self.mean / 255, self.std / 255
         if shift or mirror:
@@ -81,7 +83,13 @@ BYTES = Pixels(128.0, 128.0)
 
 
 def pixels_of(images: Tensor, normalise: str) -> Pixels:
-    """Choose the normalisation: ``"bytes"``, or ``"global"`` statistics of these images."""
+    """Choose the normalisation: ``"bytes"``, or ``"global"`` statistics of these images.
+
+    Channels, which are floating point, have those statistics in any case.
+    """
+    if images.is_floating_point():
+        values = images.double()
+        return Pixels(values.mean().item(), values.std(unbiased=False).item() or 1.0)
     if normalise == "bytes":
         return BYTES
     counts = torch.bincount(images.flatten(), minlength=256).double()  # [256]: exact, no copy

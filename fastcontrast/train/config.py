@@ -299,6 +299,65 @@ class SpatialConfig(RunConfig):
         require(self.batch_size > 1, self, "batch_size", "2 or more: images to contrast")
 
 
+@dataclass(frozen=True)
+class TemporalConfig(RunConfig):
+    """Time as the comparison: frames close in time are alike, others are not.
+
+    The defaults are for a first run of two minutes on two cores.
+    """
+
+    recipe: ClassVar[str] = "temporal"
+
+    data: str = "sample"
+    """Folder with sequences as .npy files, uint8 pictures or floating-point channels; the layout is
+    in docs/temporal.md. "sample": moving digits, made of the images in the package."""
+    dataset: Literal["auto"] = "auto"
+    """There is one kind: sequences."""
+    network: Literal["auto", "mnist", "cifar10", "stl10"] = "auto"
+    """"auto": three strided convolutions, for pictures and channels alike. Otherwise the network of
+    semi-supervised metric embedding, for pictures."""
+    labels: str = "labels"
+    """Folder beside the sequences with the labels that classifiers are tested on; training does not
+    read them."""
+    ticks: int = 64
+    """Rows of channels that make a frame."""
+    objective: Literal["contrast", "triplet", "autoencoder"] = "contrast"
+    """"contrast": near frames against all others of the batch. "triplet": a near and a far frame
+    drawn for each. "autoencoder": the frame itself, for comparison; time is not used."""
+    metric: Literal["l2", "sqeuclidean", "cosine"] = "cosine"
+    """Distance of embeddings, with "contrast"."""
+    temperature: float = 0.1
+    """Distance or similarity that changes a score by one nat, with "contrast"."""
+    window: int = 14
+    """Frames at most so far apart are near."""
+    margin: int = 0
+    """Frames of one sequence farther apart than this are negatives. 0: only other sequences are,
+    or with a single sequence those beyond --window."""
+    clip_length: int = 8
+    """Frames of a clip."""
+    clip_stride: int = 2
+    """From one frame of a clip to the next."""
+    probe_frames: int = 4000
+    """Most frames of each split, evenly spaced, on which embeddings are judged."""
+
+    steps: int = 400
+    batch_size: int = 32
+    """Clips in a step, from different sequences while there are enough."""
+    schedule: Literal["step", "cosine", "plateau", "constant"] = "cosine"
+    eval_every: int = 200
+
+    def check(self) -> None:
+        """Raise ValueError that names the first field whose value is unusable."""
+        super().check()
+        at_least(self, 1, "ticks", "window", "clip_stride", "probe_frames")
+        at_least(self, 2, "clip_length")
+        require(0 < self.temperature < math.inf, self, "temperature", "above 0")
+        require(self.image_size == 0, self, "image_size", "0: frames stay as they are")
+        require(
+            self.margin == 0 or self.margin >= self.window, self, "margin", "0, or window or more"
+        )
+
+
 # How a run is carried out, as opposed to what it computes: free to differ when it is resumed.
 RUN_FIELDS = frozenset(
     (

@@ -1,4 +1,4 @@
-"""Embedding networks of the three papers, by data set; built by the recipes.
+"""Embedding networks of the three papers, by data set, and one for frames; built by the recipes.
 
 Widths, kernels and their sources are in docs/reproduction.md. Every network takes float [M, C, H,
 W] of its data set's size, and of any other that leaves at least one cell; the size of the
@@ -146,6 +146,41 @@ def spatial_head(name: str, classes: int, slope: float, dropout: float) -> nn.Se
             nn.Conv2d(128, classes, 1),
         ]
     return nn.Sequential(*layers, *_average())
+
+
+def temporal_network(name: str, channels: int, *, tall: bool) -> nn.Sequential:
+    """Network of the frames of sequences: 128 features, 192 of the larger networks by name.
+
+    ``"auto"`` is three strided convolutions with batch normalisation and the average of their
+    cells, about 6 million multiplications a frame of 48 x 48. Not ``tall``, for windows of channels
+    [M, C, 1, T], its kernels are one cell high, and every channel is normalised first.
+    """
+    if name != "auto":
+        return semisup_network(name, channels)
+    layers: list[nn.Module] = [] if tall else [nn.BatchNorm2d(channels, affine=False)]
+    for width, kernel in ((32, 5), (64, 3), (128, 3)):
+        sizes = (kernel if tall else 1, kernel)
+        convolution = nn.Conv2d(
+            channels, width, sizes, (2 if tall else 1, 2), (sizes[0] // 2, kernel // 2)
+        )
+        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, *_average())
+
+
+def temporal_decoder(features: int, shape: tuple[int, int, int]) -> nn.Sequential:
+    """What an autoencoder has behind the network: features back to frames of shape (C, H, W)."""
+    channels, height, width = shape
+    rows, columns = -(-height // 4), -(-width // 4)
+    return nn.Sequential(
+        nn.Linear(features, 64 * rows * columns),
+        nn.Unflatten(1, (64, rows, columns)),
+        nn.ReLU(),
+        nn.ConvTranspose2d(64, 32, 4, 2, 1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(32, channels, 4, 2, 1),
+        nn.AdaptiveAvgPool2d((height, width)),
+    )
 
 
 def _pooled(channels: int, out: int, kernel: int) -> list[nn.Module]:

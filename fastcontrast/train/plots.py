@@ -77,8 +77,10 @@ def plot_run(
     if predictions is not None:
         plot_confusion(labels, predictions, names, f"{setting}{error}", run.confusion)
         written.append(run.confusion)
-    if len(dataset.test_images) == len(points):
-        plot_neighbours(points, labels, dataset.test_images, names, setting, run.neighbours)
+    images = dataset.test_images
+    is_pictures = images.dtype == torch.uint8 and images.shape[1] in (1, 3)
+    if len(images) == len(points) and is_pictures:
+        plot_neighbours(points, labels, images, names, setting, run.neighbours)
         written.append(run.neighbours)
     return written
 

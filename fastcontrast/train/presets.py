@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from fastcontrast.train.config import RunConfig, SemisupConfig, SpatialConfig, TripletConfig
+from fastcontrast.train.config import (
+    RunConfig,
+    SemisupConfig,
+    SpatialConfig,
+    TemporalConfig,
+    TripletConfig,
+)
 
 # 640,000 triplets an epoch in batches of 128; 30 epochs; the rate falls by the held-out triplet
 # error, which is taken once an epoch.
@@ -105,8 +111,19 @@ SEMISUP = {
        for name, config in (("paper", _SEMISUP), ("code", _SEMISUP_CODE))},
 }  # fmt: skip
 
+# No paper's: for sets of these kinds, converted as docs/temporal.md says.
+_ONE_SEQUENCE = TemporalConfig(window=10, margin=50, clip_length=16, clip_stride=1, batch_size=16)
+TEMPORAL = {
+    "video": _ONE_SEQUENCE,  # vtest: 10 frames a second, one second is near, five are far
+    "views": TemporalConfig(window=5, clip_length=6, clip_stride=1, batch_size=20),  # COIL-20
+    "channels": replace(  # Daphnet: 64 ticks a second, two seconds are near, eight are far
+        _ONE_SEQUENCE, window=128, margin=512, clip_length=8, clip_stride=16, batch_size=32
+    ),
+}
+
 PRESETS: dict[str, Mapping[str, RunConfig]] = {
     "triplet": TRIPLET,
     "spatial": SPATIAL,
     "semisup": SEMISUP,
+    "temporal": TEMPORAL,
 }

@@ -24,6 +24,7 @@ LABELS = {
     "error_held_out": "held-out triplets in error",
     "error_train": "training triplets in error",
     "error_test": "test error",
+    "error_time": "test frames whose nearest is far in time",
 }
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fastcontrast.data import load_dataset
-from fastcontrast.train import plots, semisup, spatial, stage, triplet
+from fastcontrast.train import plots, semisup, spatial, stage, temporal, triplet
 from fastcontrast.train.checkpoints import latest_checkpoint, load_weights
-from fastcontrast.train.config import SemisupConfig, SpatialConfig, TripletConfig
+from fastcontrast.train.config import SemisupConfig, SpatialConfig, TemporalConfig, TripletConfig
 from fastcontrast.train.evaluation import Figure, embed
 from fastcontrast.train.runs import RunFolder, read_run, save_embeddings
 
@@ -75,12 +75,18 @@ def load_run(path: Path, checkpoint: str = "last", device: str = "auto") -> Load
         folder, model = job.run.stage(f"finetuned{name}"), spatial.build_classifier(trunk, job)
         if latest_checkpoint(folder.checkpoints) is None:
             folder, model = job.run.stage("pretraining"), trunk
+    elif isinstance(config, TemporalConfig):
+        job = temporal.prepare(config, open_folder=False)
+        folder, model = job.run, temporal.build_model(job)
+        labelled = np.arange(len(job.frames.train_labels) if job.frames.is_labelled else 0)
     else:
         raise ValueError(f"{path}: a run of {config.recipe!r}, which is not known here")
     source = _load(folder, model, checkpoint, average=config.ema > 0)
     if isinstance(config, SpatialConfig):
         trunk = model if folder.path.name == "pretraining" else next(model.children())
         model = nn.Sequential(trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    if isinstance(config, TemporalConfig):
+        model = temporal.encoder_of(model)
     stage.place(model, job.device)  # as in training: other layouts round otherwise
     return Loaded(job, model.eval(), labelled, source)
 
@@ -93,7 +99,12 @@ def evaluate_run(loaded: Loaded) -> list[Figure]:
 
     Returns:
         Test errors of a linear layer, a linear SVM and nearest neighbours, each with its protocol.
+
+    Raises:
+        ValueError: If the run was given no labels.
     """
+    if not len(loaded.labelled):
+        raise ValueError(f"{loaded.job.run.path}: the run's data have no labels to judge by")
     dataset, device = loaded.job.dataset, loaded.job.device
     index = torch.from_numpy(loaded.labelled)
     points = loaded.embed(dataset.train_images[index])
@@ -138,7 +149,10 @@ def plot_finished(path: Path, method: str = "pca") -> list[Path]:
         ModuleNotFoundError: If the method's package is not installed.
     """
     run, config = read_run(path)
-    dataset = load_dataset(config.data, config.dataset, config.image_size or None)
+    if isinstance(config, TemporalConfig):
+        dataset = temporal.read_frames(config)
+    else:
+        dataset = load_dataset(config.data, config.dataset, config.image_size or None)
     return plots.plot_run(run, config, dataset, method)
 
 

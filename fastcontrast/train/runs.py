@@ -29,10 +29,14 @@ from fastcontrast.train.config import (
     RunConfig,
     SemisupConfig,
     SpatialConfig,
+    TemporalConfig,
     TripletConfig,
 )
 
-RECIPES = {config.recipe: config for config in (TripletConfig, SpatialConfig, SemisupConfig)}
+RECIPES = {
+    config.recipe: config
+    for config in (TripletConfig, SpatialConfig, SemisupConfig, TemporalConfig)
+}
 STAGES = ("pretraining", "finetuned", "baseline")
 
 Config = TypeVar("Config", bound=RunConfig)

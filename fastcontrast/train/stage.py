@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,9 @@ class Job(Generic[Config]):
         return self.dataset.train_images.shape[1]
 
 
+AnyJob = TypeVar("AnyJob", bound=Job[Any])
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a stage came to.
@@ -110,13 +113,13 @@ def prepare(
     check(dataset)
     images = dataset.train_images
     network = network_for(images) if config.network == "auto" else config.network
-    _check_size(make, network, images)
+    check_size(make, network, images)
     pixels = pixels_of(images, config.normalise)
     job = Job(config, folder_of(config), dataset, device, pixels, network)
     return open_job(job) if open_folder else job
 
 
-def open_job(job: Job[Config]) -> Job[Config]:
+def open_job(job: AnyJob) -> AnyJob:
     """Make the job's run folder, or check that the run in it can be continued.
 
     Raises:
@@ -266,7 +269,7 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
 
 
-def _check_size(make: Callable[[str, int], nn.Module], network: str, images: Tensor) -> None:
+def check_size(make: Callable[[str, int], nn.Module], network: str, images: Tensor) -> None:
     """Raise if the network leaves nothing of images of this size; shapes only, nothing is run."""
     try:
         with torch.device("meta"), torch.no_grad():
