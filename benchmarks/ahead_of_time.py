@@ -12,6 +12,7 @@ second run compiles what has changed. All of it takes about an hour on one core.
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import hashlib
 import itertools
@@ -22,10 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -120,9 +123,38 @@ def is_compiled(entry: Entry) -> bool:
 
 
 def _key(entry: Entry, sizes: launches.Launch) -> str:
-    source = function_of(entry).cache_key
-    parts = (triton.__version__, source, entry.architecture, *arguments(entry, sizes), *sizes[-2:])
+    return _hash(triton.__version__, *_compiled_from(entry, sizes))
+
+
+def _compiled_from(entry: Entry, sizes: launches.Launch) -> tuple[Any, ...]:
+    """All that a result depends on but Triton."""
+    source = source_of(function_of(entry))
+    return (source, entry.architecture, *arguments(entry, sizes), *sizes[-2:])
+
+
+def _hash(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+@functools.cache
+def source_of(function: Any) -> str:
+    """Hash of a kernel and of all that it calls, but for comments, docstrings and layout."""
+    found, waiting = {}, [function]
+    while waiting:
+        function = waiting.pop()
+        tree = ast.parse(function.src).body[0]
+        if ast.get_docstring(tree) is not None:
+            tree.body = tree.body[1:]
+        found[function.__name__] = ast.unparse(tree)
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        for name in sorted(names & function.__globals__.keys()):
+            value = function.__globals__[name]
+            if isinstance(value, triton.JITFunction):
+                if name not in found:
+                    waiting.append(value)
+            elif isinstance(value, (int, float, str, tl.constexpr)):
+                found[name] = repr(value)
+    return _hash(sorted(found.items()))
 
 
 def _compile(entry: Entry, sizes: launches.Launch) -> Resources:
@@ -209,7 +241,31 @@ def document(found: dict[Entry, Resources], entries: int) -> str:
             f"{sizes.block} × {sizes.other} | {sizes.warps} | {', '.join(map(str, shown))} | "
             f"{max(spilled)} | {max(shared) / 1024:.0f} | {min(matrix)} | {min(warps)} |"
         )
+    lines += [
+        "",
+        "What each kernel was compiled from, a hash of its source without comments and of all its",
+        "launches: the tests fail where it is another one now.",
+        "",
+        "| kernel | compiled | entries | hash |",
+        "| --- | --- | --- | --- |",
+    ]
+    for kernel, whole in by_kernel(every_entry()).items():
+        compiled_ones = sum(e.kernel == kernel for e in found)
+        lines.append(f"| {kernel} | {compiled_ones} | {len(whole)} | {fingerprint(whole)} |")
     return "\n".join(lines) + "\n"
+
+
+def by_kernel(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """The entries of each kernel, in their order."""
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.kernel, []).append(entry)
+    return found
+
+
+def fingerprint(entries: Iterable[Entry]) -> str:
+    """Hash of all that the results of these entries depend on but Triton."""
+    return _hash([_compiled_from(e, launch_of(e)) for e in entries])
 
 
 def name_of(entry: Entry) -> str:

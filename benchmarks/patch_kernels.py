@@ -91,7 +91,7 @@ def constants_of(entry: Entry, _: launches.Launch) -> dict[str, Any]:
 def _sizes(kernel: str, side: int, plain: bool) -> launches.PatchLaunch:
     name, *shape = {
         "patches cut": ("cut", 1 << 20, 3 * side, side),
-        "patches drawn and cut": ("cut", 1 << 20, 3 * side, side),
+        "patches drawn and cut": ("draw and cut", 1 << 20, 3 * side, side),
         "patches gathered": ("gather" if plain else "gather resized", 3, IMAGE_SIDE, IMAGE_SIDE),
         "patches drawn": ("draw", 1, 1, 1 << 30),
     }[kernel]

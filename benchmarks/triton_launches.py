@@ -139,7 +139,7 @@ def launch_of(entry: Entry) -> Launch:
         return patch_kernels.launch_of(entry.kernel, entry.dim, entry.metric == "plain")
     if entry.kernel in OWN_SIZES:
         block, other = OWN_SIZES[entry.kernel]
-        warps = wide.WIDE.warps if entry.kernel == "wide weights" else 4
+        warps = wide.WIDE.warps if entry.kernel.startswith("wide") else 4
         return Launch(block, other, other, 0, warps, 3)  # otherwise Triton's own
     if entry.kernel == "wide statistics":
         return wide.WIDE

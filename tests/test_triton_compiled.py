@@ -90,6 +90,28 @@ class TestCompiled:
             assert int(shared) >= round(r["shared"] / 1024), (e, r)
 
 
+@pytest.mark.skipif(triton.IMPORT_PROBLEM is not None, reason=str(triton.IMPORT_PROBLEM))
+@pytest.mark.skipif(triton.INTERPRETED, reason="the interpreter's run does not compile")
+def test_the_document_is_of_these_kernels_and_launches() -> None:
+    """Compiles nothing: what figures there are, and that their kernels are those of today."""
+    from benchmarks import ahead_of_time
+
+    text = (ROOT / "docs" / "triton_kernels.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    figures = {tuple(row[:4]): row for row in rows if len(row) == len(ahead_of_time.COLUMNS)}
+    for e in ahead_of_time.every_entry():
+        key = (str(e.architecture), ahead_of_time.name_of(e), e.kind, str(e.dim or "any"))
+        assert key in figures, f"docs/triton_kernels.md has no figure of {e}"
+        stack, shared = map(int, figures[key][7:9])
+        assert stack == 0, figures[key]
+        assert 1024 * shared <= ahead_of_time.SHARED[e.architecture], figures[key]
+    hashes = {row[0]: row[3] for row in rows if len(row) == 4}
+    for kernel, entries in ahead_of_time.by_kernel(ahead_of_time.every_entry()).items():
+        assert hashes[kernel] == ahead_of_time.fingerprint(entries), (
+            f"{kernel!r} has changed: run python -m benchmarks.ahead_of_time"
+        )
+
+
 def test_the_launch_table_is_whole() -> None:
     """Needs no Triton: small dimensions have an entry, and sizes are such as kernels take."""
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):

@@ -33,7 +33,9 @@ def _on_triton() -> Iterator[None]:
 def _small_tiles(_on_triton: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles on every axis of a small shape."""
     gather = (128, 16, 1)
-    sizes = {"cut": (64, 8, 1), "gather": gather, "gather resized": gather, "draw": (8, 8, 1)}
+    cut = (64, 8, 1)
+    sizes = {"cut": cut, "draw and cut": cut, "draw": (8, 8, 1)}
+    sizes |= {"gather": gather, "gather resized": gather}
     monkeypatch.setattr(launches, "PATCHES" + "_INTERPRETED" * INTERPRETED, sizes)
     launches.patch_launch.cache_clear()
     yield

@@ -252,7 +252,8 @@ def _cut(
     stride, last = out.stride(), out.stride(2) == 1 and out.stride(4) == channels > 1
     lines, columns = (height, width * channels) if last else (channels * height, width)
     patches = batch * num_patches
-    sizes = patch_launch("cut", patches, lines, columns, interpreted=INTERPRETED)
+    name = "draw and cut" if kernel is random_patches_kernel else "cut"
+    sizes = patch_launch(name, patches, lines, columns, interpreted=INTERPRETED)
     blocks = triton.cdiv(lines, sizes.lines), triton.cdiv(columns, sizes.columns)
     image_strides = dict(zip(IMAGE_STRIDES, images.stride(), strict=True))
     out_strides = dict(zip(OUT_STRIDES, (channels * height * width, *stride[2:]), strict=True))

@@ -115,13 +115,15 @@ class PatchLaunch(NamedTuple):
 # more registers; draws. For every GPU.
 PATCHES = {
     "cut": (2048, 128, 8),
+    "draw and cut": (1024, 128, 8),
     "gather": (1024, 64, 4),
-    "gather resized": (1024, 32, 8),
+    "gather resized": (512, 32, 8),
     "draw": (128, 128, 4),
 }
 # Under the interpreter, where a program takes long and its size hardly matters.
 PATCHES_INTERPRETED = {
     "cut": (1 << 15, 128, 1),
+    "draw and cut": (1 << 15, 128, 1),
     "gather": (1 << 13, 64, 1),
     "gather resized": (1 << 13, 64, 1),
     "draw": (1 << 14, 1 << 14, 1),

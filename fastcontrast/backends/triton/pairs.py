@@ -24,7 +24,7 @@ from fastcontrast.backends.triton import INTERPRETED
 from fastcontrast.backends.triton.operands import Operands, Points
 
 # The interpreter takes as long for a program of few pairs as for one of many.
-BLOCK = 1024 if INTERPRETED else 64
+BLOCK = 1024 if INTERPRETED else 32
 CHUNK = 32
 OWNERS = 16
 ENTRIES = 16

@@ -301,6 +301,8 @@ def triplet_tile(rows: int, dim: int, element_bytes: int, processors: int) -> tu
     """Rows and columns of a program's tile."""
     chunk = min(LARGEST_CHUNK, padded_dimension(dim))
     block = TILE_BYTES // (element_bytes * chunk)
+    if element_bytes == 8:  # products of float64 take registers beside their operands
+        block //= 2
     while block > 1 and rows < block * PROGRAMS_PER_PROCESSOR * processors:
         block //= 2
     return block, chunk

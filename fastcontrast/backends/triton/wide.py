@@ -51,7 +51,7 @@ from fastcontrast.backends.triton.tiles import (
 # Scores of a block of rows: 128 MiB in float32, and weights beside them.
 BLOCK_SCORES = 1 << 25
 BLOCK_M = 8
-BLOCK_N = 256
+BLOCK_N = 128
 # The statistics of a block, from its scores alone.
 WIDE = Launch(block=BLOCK_M, other=BLOCK_N, other_many=BLOCK_N, part=16, warps=8, stages=2)
 
@@ -270,7 +270,7 @@ class Weights:
                 near_columns_kernel[(tiles,)](
                     dots, flags, x.given, y.given, self.y, rows.start, count, n, x.given.shape[1],
                     *x.given.stride(), *y.given.stride(),
-                    ACC=operands.acc, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+                    ACC=operands.acc, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=WIDE.warps,
                 )  # fmt: skip
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
