@@ -117,7 +117,7 @@ PATCHES = {
     "cut": (2048, 128, 8),
     "draw and cut": (1024, 128, 8),
     "gather": (1024, 64, 4),
-    "gather resized": (512, 32, 8),
+    "gather resized": (1024, 32, 8),
     "draw": (128, 128, 4),
 }
 # Under the interpreter, where a program takes long and its size hardly matters.

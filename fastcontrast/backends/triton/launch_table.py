@@ -53,7 +53,7 @@ SIZES: dict[tuple[int, str, str, int], tuple[int, ...]] = {
     (80, "statistics", "float16", 256): (64, 16, 16, 0, 4, 2),
     (90, "statistics", "float64", 32): (32, 32, 16, 0, 4, 1),
     (90, "gradients", "float64", 32): (16, 16, 16, 0, 4, 1),
-    (90, "statistics", "float64", 64): (32, 32, 16, 0, 4, 3),
+    (90, "statistics", "float64", 64): (32, 32, 32, 0, 8, 3),
     (90, "gradients", "float64", 64): (32, 16, 16, 0, 4, 3),
     (90, "statistics", "float64", 128): (32, 32, 32, 0, 8, 1),
     (90, "statistics", "float64", 256): (32, 32, 16, 0, 4, 3),

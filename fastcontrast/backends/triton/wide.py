@@ -51,7 +51,7 @@ from fastcontrast.backends.triton.tiles import (
 # Scores of a block of rows: 128 MiB in float32, and weights beside them.
 BLOCK_SCORES = 1 << 25
 BLOCK_M = 8
-BLOCK_N = 128
+BLOCK_N = 256
 # The statistics of a block, from its scores alone.
 WIDE = Launch(block=BLOCK_M, other=BLOCK_N, other_many=BLOCK_N, part=16, warps=8, stages=2)
 
