@@ -90,6 +90,11 @@ BAD_CALLS = {
         TypeError,
         "unlabelled_weight must be a number, got Tensor",
     ),
+    "infinite weight": (
+        lambda: fc.metric_embedding_loss(X, Y, torch.arange(4), unlabelled_weight=float("inf")),
+        ValueError,
+        "unlabelled_weight must be finite, got inf",
+    ),
     "3-D anchors": (
         lambda: fc.spatial_contrasting_loss(X[None], X[None]),
         ValueError,

@@ -104,7 +104,7 @@ def metric_embedding_loss(
         raise TypeError(
             f"unlabelled_weight must be a number, got {type(unlabelled_weight).__name__}"
         )
-    if not math.isfinite(unlabelled_weight):
+    if not -math.inf < unlabelled_weight < math.inf:  # torch.compile traces no math.isfinite
         raise ValueError(f"unlabelled_weight must be finite, got {unlabelled_weight}")
     classes = anchors.shape[-2]
     if classes == 0:
