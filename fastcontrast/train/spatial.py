@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from fastcontrast.train.loop import Batch, Task
 from fastcontrast.train.probes import linear_probe
 from fastcontrast.train.progress import print_figures
 from fastcontrast.train.ranks import Shares, is_first
-from fastcontrast.train.runs import RunFolder, save_embeddings, write_results
+from fastcontrast.train.runs import save_embeddings, write_results
 
 HELP = """\
 Contrast patches of images without labels, then train on labels
@@ -50,23 +50,6 @@ class PatchTargets(NamedTuple):
 
     sample_ids: Tensor
     step: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to.
-
-    Attributes:
-        run: Its folder.
-        step: Finished steps of the stage that came last.
-        interrupted: Whether it was asked to stop before its end.
-        figures: Test errors, each with its protocol.
-    """
-
-    run: RunFolder
-    step: int
-    interrupted: bool
-    figures: list[Figure]
 
 
 def contrast_patches(
@@ -156,7 +139,7 @@ def build_classifier(trunk: nn.Module, job: stage.Job[SpatialConfig]) -> nn.Sequ
     return nn.Sequential(trunk, head)
 
 
-def train(job: stage.Job[SpatialConfig]) -> Result:
+def train(job: stage.Job[SpatialConfig]) -> stage.Result:
     """Pretrain, fine-tune, train the baseline, evaluate; leave everything in the run folder.
 
     Args:
@@ -202,7 +185,7 @@ def train(job: stage.Job[SpatialConfig]) -> Result:
                     errors.append(_test(job, ended.model, save=name == "finetuned"))
             if len(errors) == len(subsets) and not ended.interrupted:
                 figures.append(_figure(job, name, errors, len(next(iter(subsets.values())))))
-        result = Result(job.run, ended.step, ended.interrupted, figures)
+        result = stage.Result(job.run, ended.step, ended.interrupted, figures)
         if is_first():
             write_results(job.run, result.step, result.figures)
             plots.plot_run(job.run, config, dataset)
@@ -329,12 +312,12 @@ def labelled_subsets(config: SpatialConfig, dataset: ImageDataset) -> dict[str, 
     return {"": np.sort(split.labelled.reshape(-1))}
 
 
-def train_spatial(config: SpatialConfig) -> Result:
+def train_spatial(config: SpatialConfig) -> stage.Result:
     """Run the recipe from configuration to pictures: :func:`prepare`, then :func:`train`."""
     return train(prepare(config))
 
 
-def show(job: stage.Job[SpatialConfig], result: Result) -> None:
+def show(job: stage.Job[SpatialConfig], result: stage.Result) -> None:
     """Print the figures with their protocols."""
     if result.figures:
         print_figures(result.figures, f"Test error on {job.dataset.name}:")

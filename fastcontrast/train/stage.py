@@ -25,6 +25,7 @@ from fastcontrast.train.checkpoints import (
     load_checkpoint,
     load_weights,
 )
+from fastcontrast.train.evaluation import Figure
 from fastcontrast.train.loop import Task, fit, stop_on_signal
 from fastcontrast.train.models import network_for
 from fastcontrast.train.progress import show_progress, tensorboard
@@ -66,6 +67,23 @@ class Job(Generic[Config]):
 
 
 AnyJob = TypeVar("AnyJob", bound=Job[Any])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        run: Its folder.
+        step: Finished steps, of the stage that came last.
+        interrupted: Whether it was asked to stop before its end.
+        figures: Test errors, each with its protocol.
+    """
+
+    run: RunFolder
+    step: int
+    interrupted: bool
+    figures: list[Figure]
 
 
 @dataclass(frozen=True)

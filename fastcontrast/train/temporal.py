@@ -26,7 +26,7 @@ from fastcontrast.train.evaluation import Figure, embed, neighbour_errors
 from fastcontrast.train.loop import Batch, Task
 from fastcontrast.train.progress import print_figures
 from fastcontrast.train.ranks import Shares, is_first
-from fastcontrast.train.runs import RunFolder, folder_of, save_embeddings, write_results
+from fastcontrast.train.runs import folder_of, save_embeddings, write_results
 from fastcontrast.train.temporal_frames import (
     FrameDataset,
     choose_frames,
@@ -59,23 +59,6 @@ class TemporalJob(stage.Job[TemporalConfig]):
 
     sequences: SequenceSet
     frames: FrameDataset
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to.
-
-    Attributes:
-        run: Its folder.
-        step: Finished steps.
-        interrupted: Whether it was asked to stop before its end.
-        figures: Test errors, each with its protocol.
-    """
-
-    run: RunFolder
-    step: int
-    interrupted: bool
-    figures: list[Figure]
 
 
 class PlacedFrames(NamedTuple):
@@ -136,7 +119,7 @@ def build_model(job: TemporalJob) -> nn.Module:
     return models.build(make, job.config.seed)
 
 
-def train(job: TemporalJob) -> Result:
+def train(job: TemporalJob) -> stage.Result:
     """Train, evaluate on frozen embeddings, and leave them and pictures in the run folder.
 
     Args:
@@ -187,10 +170,10 @@ def train(job: TemporalJob) -> Result:
         f"({config.threads or torch.get_num_threads()} threads), in {run.path}"
     )
     with stage.session(job) as should_stop:
-        before = calibrated(copy.deepcopy(encoder_of(model)), sampler, job)
+        before = copy.deepcopy(encoder_of(model))
         trained = stage.run_stage(job, run, model, task, should_stop, announcement)
         if not is_first():
-            return Result(run, trained.step, trained.interrupted, [])
+            return stage.Result(run, trained.step, trained.interrupted, [])
         encoder = encoder_of(trained.model)
         test = embed(encoder, frames.test_images, pixels)
         arrays = {"test_embeddings": test, "test_labels": frames.test_labels}
@@ -199,8 +182,8 @@ def train(job: TemporalJob) -> Result:
             points = embed(encoder, frames.train_images, pixels)
             judged, predictions = _judge(job, points, test, config.objective)
             arrays["test_predictions"] = predictions
-            figures += judged + baselines(job, before, sampler)
-        result = Result(run, trained.step, trained.interrupted, figures)
+            figures += judged + baselines(job, calibrated(before, sampler, job), sampler)
+        result = stage.Result(run, trained.step, trained.interrupted, figures)
         save_embeddings(run.embeddings, **arrays)
         write_results(run, result.step, result.figures)
         plots.plot_run(run, config, frames)
@@ -268,12 +251,12 @@ def baselines(job: TemporalJob, before: nn.Module, sampler: ClipSampler) -> list
     return figures
 
 
-def train_temporal(config: TemporalConfig) -> Result:
+def train_temporal(config: TemporalConfig) -> stage.Result:
     """Run the recipe from configuration to pictures: :func:`prepare`, then :func:`train`."""
     return train(prepare(config))
 
 
-def show(job: TemporalJob, result: Result) -> None:
+def show(job: TemporalJob, result: stage.Result) -> None:
     """Print the figures with their protocols."""
     print_figures(result.figures, f"Test error on {job.frames.name}:")
 

@@ -32,7 +32,7 @@ from fastcontrast.train.loop import Batch, Task
 from fastcontrast.train.probes import Probe, linear_probe
 from fastcontrast.train.progress import print_figures
 from fastcontrast.train.ranks import Shares, is_first
-from fastcontrast.train.runs import RunFolder, save_embeddings, write_results
+from fastcontrast.train.runs import save_embeddings, write_results
 
 HELP = """\
 Learn an embedding from triplets of images: two of one class and one of another
@@ -58,23 +58,6 @@ class ClassMembers:
     order: np.ndarray
     starts: np.ndarray
     counts: np.ndarray
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to.
-
-    Attributes:
-        run: Its folder.
-        step: Finished steps.
-        interrupted: Whether it was asked to stop before its end.
-        figures: Test errors, each with its protocol.
-    """
-
-    run: RunFolder
-    step: int
-    interrupted: bool
-    figures: list[Figure]
 
 
 def members_of(labels: Tensor, num_classes: int, index: np.ndarray | None = None) -> ClassMembers:
@@ -185,7 +168,7 @@ def build_model(config: TripletConfig, network: str, channels: int) -> nn.Module
     )
 
 
-def train(job: stage.Job[TripletConfig]) -> Result:
+def train(job: stage.Job[TripletConfig]) -> stage.Result:
     """Train, evaluate on frozen embeddings, and leave them and pictures in the run folder.
 
     Args:
@@ -264,7 +247,7 @@ def train(job: stage.Job[TripletConfig]) -> Result:
     with stage.session(job) as should_stop:
         trained = stage.run_stage(job, run, model, task, should_stop, announcement)
         if not is_first():
-            return Result(run, trained.step, trained.interrupted, [])
+            return stage.Result(run, trained.step, trained.interrupted, [])
         points = embed(trained.model, train_images, pixels)
         test = embed(trained.model, test_images, pixels)
         figures = [
@@ -278,7 +261,7 @@ def train(job: stage.Job[TripletConfig]) -> Result:
             points, dataset.train_labels.to(device), test, dataset.test_labels.to(device),
             config.seed,
         )  # fmt: skip
-        result = Result(run, trained.step, trained.interrupted, [*figures, *judged])
+        result = stage.Result(run, trained.step, trained.interrupted, [*figures, *judged])
         save_embeddings(
             run.embeddings,
             test_embeddings=test,
@@ -317,11 +300,11 @@ def judge_frozen(
     return probes["softmax"], figures
 
 
-def train_triplet(config: TripletConfig) -> Result:
+def train_triplet(config: TripletConfig) -> stage.Result:
     """Run the recipe from configuration to pictures: :func:`prepare`, then :func:`train`."""
     return train(prepare(config))
 
 
-def show(job: stage.Job[TripletConfig], result: Result) -> None:
+def show(job: stage.Job[TripletConfig], result: stage.Result) -> None:
     """Print the figures with their protocols."""
     print_figures(result.figures, f"Test error on {job.dataset.name}:")
