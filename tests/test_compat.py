@@ -79,6 +79,11 @@ def test_lightly(dtype: torch.dtype) -> None:
     compare(lightly.NTXentLoss(temperature=0.3), theirs, [points(9, 5), points(9, 5)], dtype)
 
 
+def test_lightly_names_a_temperature_that_is_no_number() -> None:
+    with pytest.raises(TypeError, match="temperature must be a number or a 0-dim tensor, got str"):
+        lightly.NTXentLoss(temperature="a")  # pyright: ignore[reportArgumentType]
+
+
 def test_lightly_with_a_memory_bank() -> None:
     """Over batches that fill the bank, cut one at its end, and begin anew."""
     theirs = peers.lightly_loss().NTXentLoss(temperature=0.3, memory_bank_size=(20, 5))

@@ -171,7 +171,7 @@ BAD_CALLS = {
     "hardness": (
         lambda: fc.nt_xent_loss(X, X, hardness=-1.0),
         ValueError,
-        "hardness must be positive and finite, got -1.0",
+        "hardness must be at least 0 and finite, got -1.0",
     ),
     "smoothing and hardness": (
         lambda: fc.nt_xent_loss(X, X, hardness=1.0, label_smoothing=0.1),

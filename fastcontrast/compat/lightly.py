@@ -53,6 +53,7 @@ class NTXentLoss(nn.Module):
 
     Raises:
         ValueError: If the temperature or the size is not as above.
+        TypeError: If the temperature is no number.
     """
 
     def __init__(
@@ -62,6 +63,10 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float, Tensor)):
+            raise TypeError(
+                f"temperature must be a number or a 0-dim tensor, got {type(temperature).__name__}"
+            )
         if not temperature >= 1e-8:
             raise ValueError(f"temperature must be at least 1e-8, got {temperature}")
         size = (memory_bank_size,) if isinstance(memory_bank_size, int) else memory_bank_size

@@ -49,8 +49,10 @@ def check_pairs(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
         )
 
 
-def check_scale(name: str, value: float | Tensor, operand: Tensor | None = None) -> None:
-    """Raise unless ``value`` is a positive number or a 0-dim floating-point tensor.
+def check_scale(
+    name: str, value: float | Tensor, operand: Tensor | None = None, *, or_zero: bool = False
+) -> None:
+    """Raise unless ``value`` is a positive number (``or_zero``) or a 0-dim floating-point tensor.
 
     The value of a tensor is read on CPU only: on a GPU that would wait for the device. It may be
     there or on the device of the ``operand``.
@@ -72,8 +74,9 @@ def check_scale(name: str, value: float | Tensor, operand: Tensor | None = None)
         number = float(value)
     else:
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
-    if not 0.0 < number < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {number}")
+    if not (number > 0.0 or (or_zero and number == 0.0)) or number == float("inf"):
+        wanted = "at least 0" if or_zero else "positive"
+        raise ValueError(f"{name} must be {wanted} and finite, got {number}")
 
 
 def inverse_temperature(temperature: float | Tensor, *operands: Tensor) -> float | Tensor:

@@ -61,8 +61,7 @@ class Reweighting(NamedTuple):
         """Raise unless the options are in range and go together."""
         check_fraction("label_smoothing", self.label_smoothing)
         check_fraction("tau_plus", self.tau_plus)
-        if self.hardness != 0:
-            check_scale("hardness", self.hardness)
+        check_scale("hardness", self.hardness, or_zero=True)
         if self.label_smoothing and (self.tau_plus or self.hardness):
             raise ValueError("label_smoothing does not go together with tau_plus or hardness")
 
