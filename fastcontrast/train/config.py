@@ -89,6 +89,9 @@ class RunConfig:
     compile: Literal["off", "default", "reduce-overhead"] = "off"
     """Run the network through torch.compile; "reduce-overhead" replays CUDA graphs. Results agree
     up to rounding."""
+    cuda_graphs: bool = False
+    """Record network, loss and gradients as one CUDA graph and replay it; on one GPU, without
+    --compile. The log counts the loss's time as the network's."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 250
@@ -117,6 +120,8 @@ class RunConfig:
             "name",
             "one folder name without a path (the path is --out-dir)",
         )
+        if self.cuda_graphs:
+            require(self.compile == "off", self, "compile", "'off' with cuda_graphs")
         if self.resume and self.overwrite:
             raise ValueError(
                 "resume and overwrite exclude each other: continue the run or replace it"
@@ -356,13 +361,15 @@ class TemporalConfig(RunConfig):
         require(
             self.margin == 0 or self.margin >= self.window, self, "margin", "0, or window or more"
         )
+        if self.objective != "autoencoder":  # neighbours in time are looked for on the host
+            require(not self.cuda_graphs, self, "cuda_graphs", "False, or objective 'autoencoder'")
 
 
 # How a run is carried out, as opposed to what it computes: free to differ when it is resumed.
 RUN_FIELDS = frozenset(
     (
         *("out_dir", "name", "resume", "overwrite", "device", "threads"),
-        *("compile", "log_every", "eval_every", "rank_timeout"),
+        *("compile", "cuda_graphs", "log_every", "eval_every", "rank_timeout"),
     )
 )
 

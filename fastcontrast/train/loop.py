@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fastcontrast.ops.ranks import world_size
 from fastcontrast.train.checkpoints import TrainingState, latest_checkpoint, save_checkpoint
 from fastcontrast.train.clock import Clock
+from fastcontrast.train.graphs import RecordedStep, Recorder
 from fastcontrast.train.ranks import Shares, any_rank, from_first, is_first, sum_gradients
 from fastcontrast.train.runs import RunFolder, append_metrics
 from fastcontrast.train.schedules import Schedule
@@ -97,6 +98,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     clock: Clock,
     amp: bool = False,
+    recorded: RecordedStep | None = None,
 ) -> Tensor:
     """Make one update.
 
@@ -105,25 +107,42 @@ def train_step(
         batch: What the task's functions take.
         task: Gives the network's pass and the loss.
         optimizer: Over the model's parameters.
-        clock: Is told what took the time.
+        clock: Is told what took the time; of a recorded step, all of it is the model's.
         amp: Whether the network runs under autocast to bfloat16.
+        recorded: Takes the gradients, if that is not to be done here and now.
 
     Returns:
         The parts of the loss, detached, [P], on the model's device; nothing here waits for it.
     """
+    if recorded is None:
+        parts = take_gradients(model, batch, task, optimizer, clock.lap, amp)
+    else:
+        parts = recorded(*batch)
+    sum_gradients(p for group in optimizer.param_groups for p in group["params"])
+    optimizer.step()
+    clock.lap("model")
+    return parts
+
+
+def take_gradients(
+    model: Callable[..., Any],
+    batch: Batch[Targets],
+    task: Task[Targets],
+    optimizer: torch.optim.Optimizer,
+    lap: Callable[[str], None],
+    amp: bool,
+) -> Tensor:
+    """Do all of :func:`train_step` that comes before the sum over ranks and the update."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=amp):
         outputs = task.forward(model, batch.images)
-    clock.lap("model")
+    lap("model")
     wide = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
     cut = task.shares.whole(wide).requires_grad_()
     loss, parts = task.loss(cut, batch.targets)
     (gradient,) = torch.autograd.grad(loss, cut)
-    clock.lap("loss")
+    lap("loss")
     outputs.backward(task.shares.own(gradient).to(outputs.dtype))
-    sum_gradients(p for group in optimizer.param_groups for p in group["params"])
-    optimizer.step()
-    clock.lap("model")
     return parts.detach()
 
 
@@ -142,6 +161,7 @@ def fit(
     average: nn.Module | None = None,
     decay: float = 0.0,
     amp: bool = False,
+    recorder: Recorder | None = None,
 ) -> TrainingState:
     """Train from where ``state`` stands to the task's end, or until asked to stop.
 
@@ -164,6 +184,7 @@ def fit(
         average: Receives the moving average of the weights, and is evaluated instead of the model.
         decay: Of the moving average.
         amp: See :func:`train_step`.
+        recorder: Records the step and replays it; without it every step runs eagerly.
 
     Returns:
         Where the run stands now.
@@ -177,6 +198,14 @@ def fit(
     device = state.sums.device
     clock = Clock(device, task.shares.total)
     begun = time.perf_counter() - state.seconds
+    recorded = None
+    if recorder is not None:
+
+        def step(images: Tensor, targets: Any) -> Tensor:
+            batch = Batch(images, targets)
+            return take_gradients(runner or model, batch, task, optimizer, lambda part: None, amp)
+
+        recorded = RecordedStep(step, model.parameters(), recorder)
     while state.step < task.steps and not task.schedule.is_over(state.watched):
         rate = task.schedule.at(state.step, state.watched)
         for group in optimizer.param_groups:
@@ -184,7 +213,7 @@ def fit(
         clock.start()
         batch = task.batch_at(state.step)
         clock.lap("data")
-        parts = train_step(runner or model, batch, task, optimizer, clock, amp)
+        parts = train_step(runner or model, batch, task, optimizer, clock, amp, recorded)
         if average is not None:
             update_average(average, model, decay)
             clock.lap("model")

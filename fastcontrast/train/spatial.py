@@ -49,7 +49,7 @@ class PatchTargets(NamedTuple):
     """What the positions of a step's patches follow from."""
 
     sample_ids: Tensor
-    step: int
+    step: int | Tensor
 
 
 def contrast_patches(

@@ -25,7 +25,9 @@ from fastcontrast.train.checkpoints import (
     load_checkpoint,
     load_weights,
 )
+from fastcontrast.train.config import RunConfig
 from fastcontrast.train.evaluation import Figure
+from fastcontrast.train.graphs import CudaRecorder
 from fastcontrast.train.loop import Task, fit, stop_on_signal
 from fastcontrast.train.models import network_for
 from fastcontrast.train.progress import show_progress, tensorboard
@@ -124,9 +126,8 @@ def prepare(
         FileNotFoundError: If a file of the data, or the run to be resumed, is missing.
         OSError: If the run folder cannot be written.
     """
-    if config.compile != "off" and world_size() > 1:
-        raise ValueError(f"compile is {config.compile!r}; wanted 'off' on {world_size()} ranks")
     device = find_device(config.device)
+    check_switches(config, device)
     dataset = load_dataset(config.data, config.dataset, config.image_size or None)
     check(dataset)
     images = dataset.train_images
@@ -236,6 +237,7 @@ def run_stage(
             average=average,
             decay=config.ema,
             amp=config.amp,
+            recorder=CudaRecorder() if config.cuda_graphs else None,
         )
     ended = state.step >= task.steps or task.schedule.is_over(state.watched)
     return Trained(model if average is None else average, state.step, not ended)
@@ -285,6 +287,16 @@ def find_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise ValueError(f"device is cuda, but torch {torch.__version__} sees no CUDA device")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+
+
+def check_switches(config: RunConfig, device: torch.device) -> None:
+    """Raise ValueError if a step cannot be compiled, or recorded, where it is to run."""
+    if config.compile != "off" and world_size() > 1:
+        raise ValueError(f"compile is {config.compile!r}; wanted 'off' on {world_size()} ranks")
+    if config.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"cuda_graphs is True; wanted a CUDA device, but the device is {device}")
+    if config.cuda_graphs and world_size() > 1:
+        raise ValueError(f"cuda_graphs is True; wanted False on {world_size()} ranks")
 
 
 def check_size(make: Callable[[str, int], nn.Module], network: str, images: Tensor) -> None:

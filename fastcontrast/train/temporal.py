@@ -86,6 +86,7 @@ def prepare(config: TemporalConfig, *, open_folder: bool = True) -> TemporalJob:
         OSError: If the run folder cannot be written.
     """
     device = stage.find_device(config.device)
+    stage.check_switches(config, device)
     sequences = load_sequence_set(config.data, labels=config.labels, ticks=config.ticks)
     _sampler(config, sequences)  # names a sequence that is too short
     if config.network != "auto" and not sequences.is_pictures:
