@@ -12,6 +12,7 @@ from fastcontrast.train import plots, triplet
 from fastcontrast.train.batches import generator
 from fastcontrast.train.checkpoints import latest_checkpoint
 from fastcontrast.train.config import TripletConfig
+from fastcontrast.train.mined import MinedBatches, classes_of
 from fastcontrast.train.models import triplet_network
 from fastcontrast.train.runs import read_metrics
 from fastcontrast.train.triplet import (
@@ -121,6 +122,36 @@ def test_a_plateau_ends_the_run_and_the_best_is_kept(config, monkeypatch):
     assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05])
     assert latest_checkpoint(result.run.checkpoints, "best").name == "best-0000003"
     assert result.figures[0].value == 0.25
+
+
+@pytest.mark.parametrize(
+    "mining", ["semi-hard", "batch-hard", "distance-weighted", "inverse-distance"]
+)
+def test_mined_triplets_train_and_resume(config, monkeypatch, mining):
+    config = dataclasses.replace(config, mining=mining, steps=4)
+    straight = train_triplet(config)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        train_triplet(dataclasses.replace(config, name="part"))
+    whole = train_triplet(dataclasses.replace(config, name="part", resume=True))
+    assert_same_run(straight.run, whole.run)
+    assert straight.figures == whole.figures
+
+
+def test_mined_batches_have_as_many_images_as_uniform_triplets():
+    labels = torch.arange(120) % 10
+    kept = np.arange(3, 120)
+    batch = MinedBatches(labels, kept, 8, seed=1).at(5)
+    assert len(batch) == 24
+    assert batch.min() >= 3
+    assert sorted(torch.bincount(labels[batch]).tolist()) == [0, 0, *[3] * 8]
+
+
+def test_mining_that_cannot_be_is_named(config):
+    with pytest.raises(ValueError, match="mining is 'batch-hard'; wanted 'uniform'"):
+        dataclasses.replace(config, mining="batch-hard", loss="siamese")
+    with pytest.raises(ValueError, match="batch_size is 1"):
+        classes_of(3, 2)
 
 
 def test_siamese_pairs_train_too(config):

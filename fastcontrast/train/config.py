@@ -203,6 +203,12 @@ class TripletConfig(RunConfig):
     loss: Literal["mse", "nll", "siamese"] = "mse"
     """Of the two-way softmax of distances: squared error (the paper's) or negative log-likelihood.
     "siamese": pairs with the contrastive loss, half of them of one class."""
+    mining: Literal[
+        "uniform", "semi-hard", "batch-hard", "distance-weighted", "inverse-distance"
+    ] = "uniform"
+    """"uniform": the paper's triplets. Otherwise a step embeds as many images, 3 for each triplet
+    of --batch-size, in class-balanced batches, and chooses triplets among them by distance;
+    "inverse-distance" draws the biased negatives of the authors' code."""
     margin: float = 1.0
     """Margin of the siamese loss, in embedding units."""
     dropout: float = 0.5
@@ -227,6 +233,8 @@ class TripletConfig(RunConfig):
         require(self.margin > 0 and math.isfinite(self.margin), self, "margin", "more than 0")
         for field in ("dropout", "held_out"):
             require(0 <= getattr(self, field) < 1, self, field, "0 or more, below 1")
+        uniform = self.mining == "uniform"
+        require(uniform or self.loss != "siamese", self, "mining", "'uniform' with siamese pairs")
         if self.schedule == "plateau" and self.held_out == 0:
             raise ValueError("schedule is 'plateau', which goes by held-out images; held_out is 0")
 

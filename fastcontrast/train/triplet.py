@@ -29,6 +29,7 @@ from fastcontrast.train.evaluation import (
     triplet_error,
 )
 from fastcontrast.train.loop import Batch, Task
+from fastcontrast.train.mined import Mined, MinedBatches, mined_loss
 from fastcontrast.train.probes import Probe, linear_probe
 from fastcontrast.train.progress import print_figures
 from fastcontrast.train.ranks import Shares, is_first
@@ -41,6 +42,7 @@ Learn an embedding from triplets of images: two of one class and one of another
 - Classes are drawn uniformly, then images of them; no class counts more for being larger.
 - A tenth of the training images is held out: schedule and best checkpoint go by its triplets.
 - It ends with a linear layer, a linear SVM and nearest neighbours on the frozen embeddings.
+- --mining chooses triplets by distance in class-balanced batches of as many images, 3 per triplet.
 - --loss siamese trains pairs instead, the paper's baseline.
 - Ctrl-C stops after the current step with everything written; --resume goes on from there."""
 
@@ -152,6 +154,8 @@ def prepare(config: TripletConfig, *, open_folder: bool = True) -> stage.Job[Tri
         kept, held = hold_out(dataset.train_labels, config.held_out, config.seed)
         members_of(dataset.train_labels, dataset.num_classes, kept)
         members_of(dataset.test_labels, dataset.num_classes)
+        if config.mining != "uniform":
+            MinedBatches(dataset.train_labels, kept, config.batch_size, config.seed)
         if config.held_out:
             members_of(dataset.train_labels, dataset.num_classes, held)
 
@@ -199,10 +203,19 @@ def train(job: stage.Job[TripletConfig]) -> stage.Result:
     test_triplets = fixed_triplets(dataset.test_labels)
     held_triplets = fixed_triplets(dataset.train_labels[held]) if len(held) else None
     siamese = config.loss == "siamese"
-    shares = Shares(*[config.batch_size] * (2 if siamese else 3))
+    mined = None
+    if config.mining != "uniform":
+        mined = MinedBatches(dataset.train_labels, kept, config.batch_size, config.seed)
+    groups = [3 * config.batch_size] if mined else [config.batch_size] * (2 if siamese else 3)
+    shares = Shares(*groups)
 
-    def batch_at(step: int) -> Batch[Tensor | None]:
+    def batch_at(step: int) -> Batch[Tensor | Mined | None]:
         seed_dropout(config.seed, step, device)
+        if mined is not None:
+            index = mined.at(step)
+            targets = Mined(dataset.train_labels[index].to(device, non_blocking=True), step)
+            own = shares.own(index).to(device, non_blocking=True)
+            return Batch(pixels.cut(train_images, own), targets)
         random, targets = generator(config.seed, STEPS, step), None
         if siamese:
             drawn, same = draw_pairs(members, config.batch_size, random)
@@ -212,9 +225,11 @@ def train(job: stage.Job[TripletConfig]) -> stage.Result:
         index = shares.own(torch.from_numpy(np.ascontiguousarray(drawn.T).reshape(-1)))
         return Batch(pixels.cut(train_images, index.to(device, non_blocking=True)), targets)
 
-    def loss(embeddings: Tensor, same: Tensor | None) -> tuple[Tensor, Tensor]:
+    def loss(embeddings: Tensor, same: Tensor | Mined | None) -> tuple[Tensor, Tensor]:
         if same is None:
             return triplet_loss(embeddings, config.loss)
+        if isinstance(same, Mined):
+            return mined_loss(embeddings, same, config.mining, config.loss, config.seed)
         first, second = embeddings.chunk(2)
         value = siamese_contrastive_loss(first, second, same, margin=config.margin)
         return value, value.detach()[None]
