@@ -11,7 +11,13 @@ from fastcontrast.data import mnist_sample
 from fastcontrast.train.batches import BYTES, split_labels
 from fastcontrast.train.config import SemisupConfig
 from fastcontrast.train.models import semisup_network
-from fastcontrast.train.semisup import build_model, prepare, sample_step, semisup_loss
+from fastcontrast.train.semisup import (
+    build_model,
+    chosen_anchors,
+    prepare,
+    sample_step,
+    semisup_loss,
+)
 
 
 def test_network_is_the_papers():
@@ -143,6 +149,22 @@ def test_loss_is_the_equation(squared, weight):
     np.testing.assert_allclose(parts[1:].numpy(), expected, rtol=1e-6)
     np.testing.assert_allclose(loss, expected[0] + weight * expected[1], rtol=1e-6)
     assert parts[0] == loss
+
+
+@pytest.mark.parametrize("how", ["nearest", "class-mean"])
+def test_chosen_anchors_leave_the_image_itself_out(how):
+    x = torch.randn(7, 3, dtype=torch.float64)
+    images = torch.randn(8, 3, dtype=torch.float64)  # two classes of four
+    own = torch.tensor([-1, 0, 5, -1, 7, 3, 2])
+    x[1], x[4] = images[0], images[7]
+    found = chosen_anchors(x, images, own, 2, how)
+    for i, c in ((i, c) for i in range(7) for c in range(2)):
+        rest = images[[j for j in range(4 * c, 4 * c + 4) if j != own[i]]]
+        near = rest[(rest - x[i]).norm(dim=1).argmin()]
+        # float64 sums of four numbers, in another order
+        torch.testing.assert_close(
+            found[i, c], near if how == "nearest" else rest.mean(0), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_loss_of_a_constant_embedding_is_the_uniform_guess():

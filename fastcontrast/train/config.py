@@ -170,6 +170,12 @@ class SemisupConfig(RunConfig):
     separate_norms: bool = False
     """Batch normalisation takes its statistics of labelled images, unlabelled ones and anchors
     apart, as in three copies of the network."""
+    anchors: Literal["random", "nearest", "class-mean"] = "random"
+    """"random": one labelled image of each class, as the paper. Otherwise --anchor-images of each
+    are embedded, and an image is compared with the nearest of each class, or with their mean;
+    without itself, where it is one of them."""
+    anchor_images: int = 10
+    """Labelled images of each class embedded in a step for nearest or mean anchors, at most."""
     squared: bool = False
     """Squared distances, as in the paper; plain ones, as in its code, do better in short runs."""
     unlabelled_weight: float = 1.0
@@ -187,6 +193,9 @@ class SemisupConfig(RunConfig):
         super().check()
         at_least(self, 1, "labels_per_class")
         at_least(self, 0, "unlabelled_weight")
+        at_least(self, 2, "anchor_images")
+        enough = self.anchors == "random" or self.labels_per_class > 1
+        require(enough, self, "anchors", "'random' with one label per class")
         require(-1 <= self.label_seed < 2**63, self, "label_seed", "-1 to 2**63 - 1")
 
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastcontrast.data import ImageDataset
 from fastcontrast.losses.metric_embedding import metric_embedding_loss
+from fastcontrast.mining import class_means, nearest_anchors
 from fastcontrast.retrieval import knn_classify
 from fastcontrast.train import models, plots, stage
 from fastcontrast.train.batches import STEPS, LabelSplit, generator, split_labels
@@ -52,7 +54,7 @@ class StepSample:
     Attributes:
         labelled: int64 [B], from the labelled images; one of each class in the code's batches.
         unlabelled: int64 [U], from all others; from all images in the code's batches.
-        anchors: int64 [C], one labelled image of each class, in the order of the classes.
+        anchors: int64 [C·A], A labelled images of each class, class after class.
     """
 
     labelled: np.ndarray
@@ -90,7 +92,12 @@ class Result:
 
 
 def sample_step(
-    split: LabelSplit, batch_size: int, seed: int, step: int, batches: str = "paper"
+    split: LabelSplit,
+    batch_size: int,
+    seed: int,
+    step: int,
+    batches: str = "paper",
+    anchors_per_class: int = 1,
 ) -> StepSample:
     """Draw the images of one step: a pure function of its arguments, without hidden state.
 
@@ -100,6 +107,7 @@ def sample_step(
         seed: The run's seed.
         step: Number of steps before this one.
         batches: ``"paper"`` or ``"code"``.
+        anchors_per_class: Different labelled images of each class, A.
 
     Returns:
         The indices.
@@ -114,32 +122,71 @@ def sample_step(
         flat = split.labelled.reshape(-1)
         labelled = flat[random.integers(0, classes * per_class, batch_size)]
         unlabelled = split.unlabelled[random.integers(0, len(split.unlabelled), batch_size)]
+    if anchors_per_class > 1:
+        anchors = random.permuted(split.labelled, axis=1)[:, :anchors_per_class].reshape(-1)
+        return StepSample(labelled, unlabelled, anchors)
     anchors = split.labelled[np.arange(classes), random.integers(0, per_class, classes)]
     return StepSample(labelled, unlabelled, anchors)
 
 
 def semisup_loss(
-    embeddings: Tensor, labels: Tensor, *, classes: int, squared: bool, unlabelled_weight: float
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    classes: int,
+    squared: bool,
+    unlabelled_weight: float,
+    how: str = "random",
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the loss of one step.
 
     Args:
-        embeddings: [B + U + C, D]: labelled, unlabelled, anchors in this order.
+        embeddings: [B + U + C·A, D]: labelled, unlabelled, anchors in this order.
         labels: Of the first B, int64 [B].
         classes: Number of anchors, C.
         squared: Whether scores are squared distances.
         unlabelled_weight: Weight of the entropy.
+        how: ``--anchors``; A is 1 with ``"random"``.
+        own: Place of the first B + U among the anchors' images, -1 for none; not with "random".
 
     Returns:
         The loss in nats, and it with its labelled and unlabelled parts, [3].
     """
-    points, anchors = embeddings[:-classes], embeddings[-classes:]
+    first = len(embeddings) - classes if own is None else len(own)
+    points, anchors = embeddings[:first], embeddings[first:]
+    if own is not None:
+        anchors = chosen_anchors(points, anchors, own, classes, how)
     count = len(labels)
     targets = torch.cat([labels, labels.new_full((len(points) - count,), -1)])
     rows = metric_embedding_loss(points, anchors, targets, squared=squared, reduction="none")
     labelled, unlabelled = rows[:count].mean(), rows[count:].mean()
     loss = labelled + unlabelled_weight * unlabelled
     return loss, torch.stack([loss, labelled, unlabelled])
+
+
+def chosen_anchors(points: Tensor, images: Tensor, own: Tensor, classes: int, how: str) -> Tensor:
+    """The anchors of each image: the nearest of each class, or class means, without itself.
+
+    Args:
+        points: [M, D].
+        images: Embedded labelled images [C·A, D], class after class, A at least 2.
+        own: Place of each point among them, int64 [M]; -1 for none.
+        classes: C.
+        how: ``"nearest"`` or ``"class-mean"``.
+
+    Returns:
+        [M, C, D], differentiable.
+    """
+    each = len(images) // classes
+    labels = torch.arange(classes, device=images.device).repeat_interleave(each)
+    if how == "nearest":
+        index = nearest_anchors(points.detach(), images.detach(), labels, classes, own=own)
+        return functional.embedding(index, images)  # not images[index]: deterministic gradients
+    means = class_means(images, labels, classes)
+    itself = functional.embedding(own.clamp(min=0), images)
+    mine = (own >= 0)[:, None] & (own[:, None] // each == torch.arange(classes, device=own.device))
+    return torch.where(mine[..., None], means + (means - itself[:, None]) / (each - 1), means)
 
 
 def prepare(config: SemisupConfig, *, open_folder: bool = True) -> stage.Job[SemisupConfig]:
@@ -202,23 +249,32 @@ def train(job: stage.Job[SemisupConfig]) -> Result:
 
     classes = dataset.num_classes
     queries = classes if config.batches == "code" else config.batch_size
-    shares = Shares(queries, config.batch_size, classes)
+    each = 1
+    if config.anchors != "random":
+        each = min(config.anchor_images, config.labels_per_class)
+    shares = Shares(queries, config.batch_size, classes * each)
 
-    def batch_at(step: int) -> Batch[Tensor]:
-        drawn = sample_step(split, config.batch_size, config.seed, step, config.batches)
+    def batch_at(step: int) -> Batch[tuple[Tensor, Tensor | None]]:
+        drawn = sample_step(split, config.batch_size, config.seed, step, config.batches, each)
         order = np.concatenate([drawn.labelled, drawn.unlabelled, drawn.anchors])
         index = torch.from_numpy(order).to(device, non_blocking=True)
-        return Batch(pixels.cut(train_images, shares.own(index)), train_labels[index[:queries]])
+        own = None
+        if each > 1:
+            same = index[: -classes * each, None] == index[-classes * each :]
+            own = torch.where(same.any(1), same.long().argmax(1), -1)
+        targets = (train_labels[index[:queries]], own)
+        return Batch(pixels.cut(train_images, shares.own(index)), targets)
 
     def forward(network: Callable[..., Tensor], images: Tensor) -> Tensor:
         if not config.separate_norms:
             return network(images)
         return torch.cat([network(stream) for stream in images.split(shares.own_groups)])
 
-    def loss(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(embeddings: Tensor, targets: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        labels, own = targets
         return semisup_loss(
             embeddings, labels, classes=classes, squared=config.squared,
-            unlabelled_weight=config.unlabelled_weight,
+            unlabelled_weight=config.unlabelled_weight, how=config.anchors, own=own,
         )  # fmt: skip
 
     def errors(network: nn.Module) -> dict[int, float]:
@@ -240,8 +296,8 @@ def train(job: stage.Job[SemisupConfig]) -> Result:
         f"{dataset.name}: {chosen.numel():,} labelled and {len(split.unlabelled):,} unlabelled "
         f"training images, {len(test_images):,} test images\n"
         f"{config.steps:,} steps of {queries} labelled + {config.batch_size} unlabelled images + "
-        f"{classes} anchors on {device} ({config.threads or torch.get_num_threads()} threads), "
-        f"in {run.path}"
+        f"{classes * each} anchors on {device} "
+        f"({config.threads or torch.get_num_threads()} threads), in {run.path}"
     )
     with stage.session(job) as should_stop:
         trained = stage.run_stage(job, run, model, task, should_stop, announcement)
