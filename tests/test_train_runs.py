@@ -148,6 +148,17 @@ def test_every_form_of_a_step_trains(config):
     assert len(losses) == len(changes)
 
 
+@pytest.mark.parametrize("anchors", ["nearest", "class-mean"])
+def test_chosen_anchors_resume_bit_equal(config, monkeypatch, anchors):
+    config = dataclasses.replace(config, anchors=anchors, anchor_images=3)
+    straight = train_semisup(config)
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 1)
+        train_semisup(dataclasses.replace(config, name="part"))
+    whole = train_semisup(dataclasses.replace(config, name="part", resume=True))
+    _assert_same_run(straight, whole)
+
+
 @pytest.mark.parametrize("deleted", [False, True])
 def test_resuming_without_a_checkpoint_starts_over_and_says_so(config, capsys, deleted):
     if deleted:
