@@ -150,6 +150,8 @@ def test_mined_batches_have_as_many_images_as_uniform_triplets():
 def test_mining_that_cannot_be_is_named(config):
     with pytest.raises(ValueError, match="mining is 'batch-hard'; wanted 'uniform'"):
         dataclasses.replace(config, mining="batch-hard", loss="siamese")
+    with pytest.raises(ValueError, match="cuda_graphs is True; wanted False, or mining 'uniform'"):
+        dataclasses.replace(config, mining="batch-hard", cuda_graphs=True)
     with pytest.raises(ValueError, match="batch_size is 1"):
         classes_of(3, 2)
 

@@ -244,6 +244,8 @@ class TripletConfig(RunConfig):
             require(0 <= getattr(self, field) < 1, self, field, "0 or more, below 1")
         uniform = self.mining == "uniform"
         require(uniform or self.loss != "siamese", self, "mining", "'uniform' with siamese pairs")
+        recorded = self.cuda_graphs and not uniform  # how many triplets are mined is not fixed
+        require(not recorded, self, "cuda_graphs", "False, or mining 'uniform'")
         if self.schedule == "plateau" and self.held_out == 0:
             raise ValueError("schedule is 'plateau', which goes by held-out images; held_out is 0")
 
