@@ -104,22 +104,30 @@ class TestDocument:
                 f"{kernel!r} has changed: run python -m benchmarks.ahead_of_time"
             )
 
-    @pytest.mark.xfail(
-        strict=True,
-        raises=AssertionError,
-        reason="571 entries are not compiled, and of the others some spill: see the column stack",
-    )
     def test_every_launch_has_a_figure_and_fits(self) -> None:
         from benchmarks import ahead_of_time
 
-        rows = rows_of_the_document()
-        figures = {tuple(row[:4]): row for row in rows if len(row) == len(ahead_of_time.COLUMNS)}
-        for e in ahead_of_time.every_entry():
-            key = (str(e.architecture), ahead_of_time.name_of(e), e.kind, str(e.dim or "any"))
-            assert key in figures, f"docs/triton_kernels.md has no figure of {e}"
-            stack, shared = map(int, figures[key][7:9])
-            assert stack == 0, figures[key]
-            assert 1024 * shared <= ahead_of_time.SHARED[e.architecture], figures[key]
+        for e, figures in figures_of_the_document():
+            assert figures, f"docs/triton_kernels.md has no figure of {e}"
+            assert 1024 * int(figures[8]) <= ahead_of_time.SHARED[e.architecture], figures
+
+    @pytest.mark.xfail(strict=True, raises=AssertionError, reason="57 of 2511 entries spill")
+    def test_no_launch_spills(self) -> None:
+        for _, figures in figures_of_the_document():
+            assert int(figures[7]) == 0, figures
+
+
+def figures_of_the_document() -> list[tuple[Any, list[str]]]:
+    """Every entry of the launch table, with its row; an empty one if there is none."""
+    from benchmarks import ahead_of_time
+
+    rows = rows_of_the_document()
+    figures = {tuple(row[:4]): row for row in rows if len(row) == len(ahead_of_time.COLUMNS)}
+    found = []
+    for e in ahead_of_time.every_entry():
+        key = (str(e.architecture), ahead_of_time.name_of(e), e.kind, str(e.dim or "any"))
+        found.append((e, figures.get(key, [])))
+    return found
 
 
 def rows_of_the_document() -> list[list[str]]:
