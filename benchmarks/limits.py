@@ -9,7 +9,7 @@ import torch
 from benchmarks.cases import DTYPES, Work
 from benchmarks.measure import Pace, in_turn
 
-# On a GPU 16 special functions per clock and multiprocessor, as benchmarks/roofline.py has them.
+# On a GPU 16 special functions per clock and multiprocessor, as benchmarks/gpu_model.py has them.
 SPECIALS_PER_CLOCK = 16
 SIZE = {"cpu": 2048, "cuda": 8192}  # of the square product whose rate counts
 COPIES = [1 << k for k in range(14, 27, 3)]  # bytes: from the first cache to memory

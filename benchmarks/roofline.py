@@ -1,83 +1,69 @@
-"""What the Triton kernels of `distance_softmax` must take at least, by their bytes and operations.
+"""What the Triton kernels must take, by their bytes and operations, beside the limit and the goal.
 
-    python -m benchmarks.roofline                     M = N = 32768, bfloat16, on three GPUs
+    python -m benchmarks.roofline           writes docs/roofline.md
+    python -m benchmarks.roofline --print   and says what each launch is bound by
 
-Per score the model counts matrix operations, special functions (sqrt, exp2) and other lane
-operations of the inner loop, and per launch the bytes that cross the memory and the L2 cache. The
-limit is the largest of these times: everything else overlaps it perfectly. The prediction is their
-sum for the units of a multiprocessor, as if nothing overlapped inside one program, halved where two
-programs are resident: between the two lies what a GPU will show. Nothing here was measured.
-Below the table: up to which size the CUDA C++ kernels should be faster than Triton's.
+The counts are in pair_model.py and row_model.py, the GPUs and the two ways to add up a launch in
+gpu_model.py: at least what the slowest unit takes by the source, all units at once; at most what
+the compiled loop takes, products and the rest in turn. Measured times are those of records of
+``fastcontrast bench`` in benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import pair_model, row_model
+from benchmarks.cases import case_of
+from benchmarks.gpu_model import CALL, DEVICES, Counts, Device, Launch, total
+from benchmarks.pair_model import Shape
+from benchmarks.patch_cases import SCALE
+from benchmarks.peers import OURS
+from benchmarks.row_model import Patches
+from fastcontrast.backends import native
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "roofline.md"
+POINTS = 32768
+LOOPS = ("statistics", "gradients of rows", "gradients of columns")
+# A loss with its gradients by differences (csrc/cuda/distance_softmax.cu): lane operations for each
+# of the M·N·D products, 2 for the scores and 4 for either gradient, at half of the peak.
+LANES_OF_PRODUCT = 10
+# Calls of kernels and operators: of a loss forward and backward by the CUDA C++ kernels, counted in
+# their sources; by Triton's, of nearest and a triplet loss, counted in a run
+# (tests/test_triton_counts.py); of patches, the kernel and a table, and autograd's.
+CALLS = {"native": 8, "triton": 70, "nearest": 50, "triplets": 20, "patches": 2, "back": 4}
 
 
-class Device(NamedTuple):
-    """Peak rates per second: dense bfloat16 FMA, special functions, float32 lanes, bytes."""
+class Job(NamedTuple):
+    """A row of the page.
+
+    Attributes:
+        name: In words.
+        facts: Those of the benchmark's case (benchmarks/cases.py), or None where it has none.
+        launches: On each device.
+        calls: Of the host.
+        products: Multiplications of the GEMMs that it is compared with; 0 for none.
+        goals: Their time over ours: what must be reached, is good, would be best.
+    """
 
     name: str
-    matrix: float
-    special: float
-    lanes: float
-    memory: float
-    cache: float
-
-
-# Multiprocessors × clock × rate per clock; vendors' figures of the memories.
-DEVICES = (
-    Device("H200", 132 * 1.83e9 * 2048, 132 * 1.83e9 * 16, 132 * 1.83e9 * 128, 4.8e12, 5.5e12),
-    Device("A100", 108 * 1.41e9 * 1024, 108 * 1.41e9 * 16, 108 * 1.41e9 * 64, 2.0e12, 4.0e12),
-    Device("RTX 4090", 128 * 2.52e9 * 256, 128 * 2.52e9 * 16, 128 * 2.52e9 * 128, 1.0e12, 3.5e12),
-)
-# Inner loops of row_statistics.py and point_gradients.py, per score: special functions, lanes.
-SCORE = {"l2": (1, 4), "sqeuclidean": (0, 3), "dot": (0, 2)}
-STATISTICS = (1, 7)  # exp2; mask, maximum, difference, two sums, floor
-GRADIENTS = (1, 9)  # exp2; mask, near test, log p in two parts, weight, rounding, two sums
-# Each GEMM of 2MND operations: statistics have the scores, gradients the scores and the product.
-PRODUCTS = {"statistics": 1, "gradients": 2}
-
-
-class Time(NamedTuple):
-    """Seconds of one launch: at the limit, and predicted."""
-
-    limit: float
-    predicted: float
-
-
-def launch_time(
-    device: Device, kernel: str, metric: str, points: int, dim: int, block: int, resident: int = 1
-) -> Time:
-    """One launch at M = N = ``points`` in bfloat16, ``block`` points to a program."""
-    scores = float(points) * points
-    special, lanes = SCORE[metric]
-    extra = STATISTICS if kernel == "statistics" else GRADIENTS
-    matrix = PRODUCTS[kernel] * scores * dim / device.matrix
-    functions = scores * (special + extra[0]) / device.special
-    others = scores * (lanes + extra[1]) / device.lanes
-    operand = 2.0 * points * dim
-    cache = operand * points / block / device.cache
-    memory = (2 * operand + (4.0 * points * dim if kernel == "gradients" else 0)) / device.memory
-    in_program = matrix + max(functions, others)
-    limit = max(matrix, functions, others, cache, memory)
-    return Time(limit, max(limit, in_program / min(resident, 2), cache))
-
-
-# A loss with its gradients by differences (csrc/cuda/distance_softmax.cu): lane operations for each
-# of the M·N·D products, 2 for the scores and 4 for either gradient, at half of the peak; and calls
-# of kernels and operators of both backends, counted in their sources, at a host's 4 µs each.
-LANES_OF_PRODUCT = 10
-CALLS = {"native": 8, "triton": 50}
-CALL = 4e-6
+    facts: dict[str, Any] | None
+    launches: dict[str, list[Launch]]
+    calls: int
+    products: float = 0.0
+    goals: tuple[float, ...] = ()
 
 
 def differences_time(device: Device, products: float) -> float:
     """Seconds that the lanes take for a loss with its gradients by differences."""
-    return LANES_OF_PRODUCT * products / (device.lanes / 2)
+    return LANES_OF_PRODUCT * products / (device.rate("floats") / 2)
 
 
 def small_problem(device: Device) -> float:
@@ -91,43 +77,347 @@ def few_columns(device: Device) -> float:
     return 16.0 / device.memory / differences_time(device, 1.0)
 
 
-def table(points: int, dims: tuple[int, ...], metrics: tuple[str, ...]) -> str:
-    """Markdown table of forward and backward, and the ratio of the 8MND GEMMs to it."""
-    lines = [
-        "| GPU | metric | D | 8MND, ms | statistics | gradients, each side | all, limit | all, "
-        "predicted | 8MND ÷ limit | 8MND ÷ predicted |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for device in DEVICES:
-        for metric in metrics:
-            for dim in dims:
-                gemms = 4 * float(points) ** 2 * dim / device.matrix
-                parts = [
-                    launch_time(device, kernel, metric, points, dim, 128) for kernel in PRODUCTS
-                ]
-                limit = parts[0].limit + 2 * parts[1].limit
-                predicted = parts[0].predicted + 2 * parts[1].predicted
-                cells = [1e3 * gemms, *(1e3 * p.predicted for p in parts), 1e3 * limit]
-                row = " | ".join(f"{value:.2f}" for value in [*cells, 1e3 * predicted])
-                lines.append(
-                    f"| {device.name} | {metric} | {dim} | {row} | {gemms / limit:.2f} | "
-                    f"{gemms / predicted:.2f} |"
-                )
+def loss_job(
+    metric: str, dim: int, goals: tuple[float, ...] = (), *, symmetric: bool = False
+) -> Job:
+    """A loss of bfloat16 points, M = N = POINTS; symmetric ones have statistics of both sides."""
+    cosine = metric == "cosine"
+    facts = {
+        "job": "losses", "kind": "symmetric" if symmetric else "one direction", "metric": metric,
+        "rows": POINTS, "dim": dim, "dtype": "bfloat16", "precision": "auto", "device": "cuda",
+    }  # fmt: skip
+    # Rows of half numbers are normalised in float32, which torch multiplies without rounding.
+    shape = Shape(
+        POINTS, POINTS, dim, "dot" if cosine else metric, "ieee" if cosine else "bfloat16"
+    )
+    launches = {
+        d.name: pair_model.loss(shape, d, symmetric=symmetric, cosine=cosine) for d in DEVICES
+    }
+    name = f"{'symmetric ' if symmetric else ''}{metric}, D = {dim}"
+    return Job(name, facts, launches, CALLS["triton"], 4.0 * POINTS**2 * dim, goals)
+
+
+def losses() -> Iterator[Job]:
+    """The targets' shapes, and their neighbours."""
+    near, wide = (0.40, 0.55, 0.70), (0.50, 0.65, 0.80)
+    for dim in (64, 128, 256):
+        yield loss_job("l2", dim, near if dim == 128 else ())
+    for metric in ("sqeuclidean", "dot"):
+        yield loss_job(metric, 128)
+    for metric in ("sqeuclidean", "dot", "cosine"):
+        yield loss_job(metric, 512, wide)
+    for metric in ("l2", "dot"):
+        yield loss_job(metric, 128, symmetric=True)
+
+
+def searches() -> Iterator[Job]:
+    """Nearest columns; beside them the one GEMM that a search contains."""
+    for kind, k in (("bfloat16", 10), ("tf32", 10), ("tf32", 100)):
+        shape = Shape(POINTS, POINTS, 128, "l2", kind)
+        launches = {d.name: pair_model.nearest_columns(shape, d, k) for d in DEVICES}
+        dtype = "float32" if kind == "tf32" else kind
+        products = pair_model.SCORE_PRODUCTS[kind] * float(POINTS) ** 2 * 128
+        yield Job(f"nearest, {dtype}, k = {k}", None, launches, CALLS["nearest"], products)
+
+
+def everywhere(launches: list[Launch]) -> dict[str, list[Launch]]:
+    """Launches that do not depend on the device."""
+    return {device.name: launches for device in DEVICES}
+
+
+def rows_jobs() -> Iterator[Job]:
+    """Triplets and patches, bound by memory."""
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        facts = {
+            "job": "triplet", "kind": "ratio", "rows": 16384, "dim": 128, "dtype": dtype,
+            "device": "cuda",
+        }  # fmt: skip
+        launches = everywhere(row_model.triplets(16384, 128, size))
+        yield Job(f"triplets, M = 16384, D = 128, {dtype}", facts, launches, CALLS["triplets"])
+
+    def facts_of(kind: str, job: Patches) -> dict[str, Any]:
+        return {
+            "job": "patches", "kind": kind, "batch": job.batch, "channels": job.channels,
+            "side": job.side, "k": job.k, "p": job.p, "dtype": "float32", "device": "cuda",
+        }  # fmt: skip
+
+    for k, p in ((2, 32), (8, 32), (2, 64), (8, 64)):
+        job, name = Patches(256, 3, 96, k, p), f"(K, P) = ({k}, {p})"
+        launches = everywhere(row_model.cut_patches(job, 1, 4))
+        yield Job(f"cut {name}", facts_of("cut", job), launches, CALLS["patches"])
+        if (k, p) == (8, 64):
+            half = everywhere(row_model.cut_patches(job, 1, 2))
+            yield Job(f"cut {name}, to bfloat16", None, half, CALLS["patches"])
+            last = everywhere(row_model.cut_patches(job, 1, 4, last=True))
+            yield Job(f"cut {name}, channels_last", None, last, CALLS["patches"])
+        else:
+            resized = everywhere(row_model.resized_patches(job, 1, 4, SCALE))
+            yield Job(f"resized {name}", facts_of("resized", job), resized, CALLS["patches"])
+    for job in (Patches(256, 3, 96, 2, 32), Patches(256, 3, 96, 8, 64), Patches(64, 64, 24, 4, 8)):
+        back = everywhere(row_model.patch_gradients(job, 4))
+        name = f"backward {job.channels}x{job.side}x{job.side}, (K, P) = ({job.k}, {job.p})"
+        yield Job(name, facts_of("backward", job), back, CALLS["back"])
+
+
+def limit(job: Job, device: Device) -> float | None:
+    """Seconds that any implementation takes: the benchmark's least work at the device's rates."""
+    if job.facts is None:
+        return None
+    work = case_of(job.facts).work()
+    unit = {"matrix": work.flops / 2, "memory": work.bytes, "special": work.specials}
+    return device.overlapped(Counts(unit))
+
+
+def measured(job: Job, device: Device) -> float | None:
+    """Least time of this case in the records of the benchmark, of this project on this device."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        if "rows" not in record or device.name not in str(record["environment"].get("gpu")):
+            continue
+        found += [
+            row["minimum"]
+            for row in record["rows"]
+            if row["case"] == job.facts and row["provider"] == OURS and row["status"] == "ok"
+        ]
+    return min(found, default=None)
+
+
+def gemms(job: Job, device: Device) -> float:
+    """Seconds of the GEMMs that a job is compared with."""
+    return job.products / device.rate("matrix")
+
+
+def _number(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    return f"{1e3 * seconds:.3f}" if seconds < 1e-3 else f"{1e3 * seconds:.2f}"
+
+
+def slowest(job: Job, device: Device) -> str:
+    """The launch that takes longest, and its unit."""
+    launch = max(job.launches[device.name], key=lambda launch: launch.high(device))
+    counts = launch.counts + (launch.compiled or {})
+    if sum(each.high(device) for each in job.launches[device.name]) < job.calls * CALL:
+        return "calls of the host"
+    return f"{launch.name}: {device.bound(counts)}"
+
+
+def table(jobs: list[Job], compared: str) -> str:
+    """Markdown: milliseconds of each job on each device; ``compared``: what the GEMMs are."""
+    ratio = f"{compared} ÷ ours" if compared else ""
+    heads = ["job", "GPU", "limit", *([compared] if compared else []), "at least", "at most"]
+    heads += [*([ratio, "goal"] if compared else []), "longest", "measured"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for job in jobs:
+        for device in DEVICES:
+            low, high = total(job.launches[device.name], device, job.calls)
+            cells = [job.name, device.name, _number(limit(job, device))]
+            if compared:
+                whole = gemms(job, device)
+                goal = " / ".join(f"{g:.2f}" for g in job.goals) or "–"
+                cells += [_number(whole), _number(low), _number(high)]
+                cells += [f"{whole / high:.2f} to {whole / low:.2f}", goal]
+            else:
+                cells += [_number(low), _number(high)]
+            cells += [slowest(job, device), _number(measured(job, device))]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--points", type=int, default=32768)
-    options = parser.parse_args()
-    print(table(options.points, (64, 128, 256), tuple(SCORE)))
-    print(
-        "\nBy differences, in CUDA C++, where it is faster than Triton's launches, or memory-bound:"
-    )
+def symmetric_table() -> str:
+    """Both directions over one, and both statistics from the same tiles or by a second launch."""
+    lines = [
+        "| metric | GPU | both directions ÷ one | statistics of both, ms | two launches, ms |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    shape = Shape(POINTS, POINTS, 128)
+    for metric in ("l2", "dot"):
+        one, both = loss_job(metric, 128), loss_job(metric, 128, symmetric=True)
+        for device in DEVICES:
+            low, high = (total(job.launches[device.name], device, job.calls) for job in (one, both))
+            own = shape._replace(metric=metric)
+            joint = pair_model.statistics(own, device, both=True)
+            single = pair_model.statistics(own, device)
+            lines.append(
+                f"| {metric} | {device.name} | {high[0] / low[0]:.2f} to {high[1] / low[1]:.2f} | "
+                f"{_number(joint.low(device))} to {_number(joint.high(device))} | "
+                f"{_number(2 * single.low(device))} to {_number(2 * single.high(device))} |"
+            )
+    return "\n".join(lines)
+
+
+def native_loss(shape: Shape, device: Device) -> float:
+    """Seconds at least of the CUDA C++ kernels: by differences, or by mma.sync where that pays.
+
+    csrc/cuda/distance_softmax_tensor.cu: 64 owners a block, others from the L2 cache. Launches that
+    round points and merge parts are left out.
+    """
+    scores = float(shape.m) * shape.n
+    products, calls = scores * shape.dim, CALLS["native"] * CALL
+    if products <= native.SMALL_ON_CUDA:
+        return max(calls, differences_time(device, products))
+    traffic = Counts(cache=2.0 * products / 64)
+    rows = pair_model.units(pair_model.SCORE[shape.metric], scores)
+    rows = rows + pair_model.units(pair_model.STATISTICS[shape.metric], scores)
+    side = pair_model.units(pair_model.GRADIENTS[shape.metric], scores)
+    seconds = device.overlapped(traffic + rows + {"matrix": products / device.warp_products})
+    matrix = {"matrix": 2 * products / device.warp_products}
+    return max(calls, seconds + 2 * device.overlapped(traffic + side + matrix))
+
+
+def choice_table() -> str:
+    """At least, in milliseconds: CUDA C++ and Triton, over M = N at D = 128, l2, bfloat16."""
+    sizes = (256, 1024, 2048, 4096, 8192, POINTS)
+    lines = [
+        "| GPU | way | " + " | ".join(f"M = {m}" for m in sizes) + " |",
+        "| --- | --- " + "| --- " * len(sizes) + "|",
+    ]
     for device in DEVICES:
-        size, columns = small_problem(device), few_columns(device)
-        print(f"{device.name}: up to M·N·D = 2^{math.log2(size):.1f}, or {columns:.0f} columns")
+        shapes = [Shape(m, m, 128) for m in sizes]
+        own = " | ".join(_number(native_loss(shape, device)) for shape in shapes)
+        pairs = [total(pair_model.loss(s, device), device, CALLS["triton"]) for s in shapes]
+        other = " | ".join(f"{_number(a)} to {_number(b)}" for a, b in pairs)
+        lines += [f"| {device.name} | CUDA C++ | {own} |", f"| | Triton | {other} |"]
+    return "\n".join(lines)
+
+
+def memory_table() -> str:
+    """Peak of a loss at a million rows and columns."""
+    lines = ["| M = N | D | points | peak, GB |", "| --- | --- | --- | --- |"]
+    for dtype, half in (("float32", False), ("bfloat16", True)):
+        peak = pair_model.peak_bytes(10**6, 10**6, 128, half)
+        lines.append(f"| 1,000,000 | 128 | {dtype} | {peak / 1e9:.2f} |")
+    return "\n".join(lines)
+
+
+def launches_text(jobs: list[Job]) -> str:
+    """Every launch of the jobs with the time of each unit, for a terminal."""
+    lines = []
+    for job in jobs:
+        for device in DEVICES:
+            lines.append(f"{device.name}: {job.name}")
+            for launch in job.launches[device.name]:
+                counts = launch.counts + (launch.compiled or {})
+                parts = sorted(device.seconds(counts).items(), key=lambda pair: -pair[1])
+                text = ", ".join(f"{unit} {1e3 * s:.3f}" for unit, s in parts if s > 1e-7)
+                span = f"{1e3 * launch.low(device):.3f} to {1e3 * launch.high(device):.3f} ms"
+                lines.append(f"    {launch.name}: {span} ({text})")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """Text of docs/roofline.md."""
+    loop = {name: pair_model.COMPILED[90, name, "l2"][0] for name in LOOPS}
+    bound = int(math.log2(native.SMALL_ON_CUDA))
+    small = ", ".join(f"2^{math.log2(small_problem(d)):.1f} ({d.name})" for d in DEVICES)
+    # Two lane operations a product (csrc/cuda/nearest.cu), at half of the peak.
+    search = 2e3 * POINTS**2 * 128 / (DEVICES[0].rate("floats") / 2)
+    return f"""# The limit, by the model
+
+Written by `python -m benchmarks.roofline`; `tests/test_roofline.py` holds it to the kernels.
+**Nothing here was measured**, but where the last column says so: times of a run of
+`fastcontrast bench` on that GPU that lies in `benchmarks/results/`. Milliseconds.
+
+* **limit**: what any implementation takes, as the benchmark has it: 6MND operations or all special
+  functions of a loss, bytes that must move.
+* **at least**: these kernels, by the operations and bytes counted in their source
+  (`benchmarks/pair_model.py`, `benchmarks/row_model.py`), launch after launch, if the slowest unit
+  of a launch never waits; or the host's calls, of {1e6 * CALL:.0f} µs each.
+* **at most**: with the instructions that Triton 3.9.0 made of the inner loops, where they were
+  counted (`python -m benchmarks.compiled_loops`: losses on bfloat16 but for the wide way, patches
+  but for resized ones), and with products and the rest in turn, as where a multiprocessor holds one
+  program. Barriers, bank conflicts, the last wave of programs and GEMMs below their peak come on
+  top.
+* **longest**: the launch that takes longest, and its unit.
+
+## Losses with their gradients, bfloat16, M = N = {POINTS}
+
+8MND: four GEMMs of M × N × D at the peak of the matrix units.
+
+{table(list(losses()), "8MND")}
+
+What it says:
+
+* **l2, D = 128, H200**: the instructions of the loops bind, not the products. A score costs
+  {loop["statistics"]:.0f} instructions in the statistics, {loop["gradients of rows"]:.0f} in the \
+gradients of the rows and {loop["gradients of columns"]:.0f} in those of the columns,
+  and a multiprocessor issues 128 a clock, in which it could multiply 16 pairs of points. In the
+  statistics exp2 is taken twice and the tile of scores goes through shared memory: what leaves the
+  branch of near pairs has another layout.
+* **D = 256**: no size of the gradients compiles without spilling, and they go the wide way.
+* **Wide** (D = 512): 8MND, as statistics and weights go through the blocks one after the other.
+  Blocks of {4 * pair_model.wide.BLOCK_SCORES >> 20} MiB outgrow the L2 cache: scores and weights \
+cross the memory eight times,
+  and the gradient of all columns four times for every block.
+* **cosine** of half points: they are normalised in float32, whose products are not rounded unless
+  `precision` or `torch.set_float32_matmul_precision` says so, and float32 has no matrix units.
+* **A100**: with tiles of 16 columns, operands of products are read from shared memory for longer
+  than they are multiplied.
+* **RTX 4090**: with such tiles, sums that go on in float64 take a quarter of the products' time.
+
+## Symmetric losses
+
+The goal is 1.2 of one direction. On an H200 both statistics from the same tiles take as long, as
+compiled, as two launches, and longer for "dot": sums over the rows of a tile of 32 columns go
+through shared memory.
+
+{symmetric_table()}
+
+## Memory above inputs and gradients
+
+The goal is 2 GB at M = N = 10⁶, D = 128. Of half points the peak is in the backward pass, where
+gradients are kept in float32 and scaled, and what comes of it is added to gradients that exist; of
+float32 points, in the forward pass, where both sides lie centred beside the gradients.
+
+{memory_table()}
+
+## Nearest columns, M = N = {POINTS}, D = 128
+
+2MND: one GEMM, of float32 points in TF32. The products are taken twice, and with so many neighbours
+the second pass finds candidates in nearly every tile.
+
+{table(list(searches()), "2MND")}
+
+## Triplets and patches
+
+Images are uint8 of 256x3x96x96 to float32, unless said; resized ones with `scale=(0.08, 1)`,
+bilinear and antialiased. Where drawn and cut at once, every thread of a program takes its patch's
+box, for four pixels: {row_model.COMPILED["patches drawn and cut"]:.0f} instructions a pixel, \
+{row_model.COMPILED["patches cut"]:.0f} where boxes come from memory. CUDA C++ draws in one thread.
+
+{table(list(rows_jobs()), "")}
+
+## CUDA C++ or Triton
+
+`backend=None` takes `distance_softmax` in CUDA C++ up to M·N·D = 2^{bound} or \
+{native.FEW_COLUMNS} columns, and in Triton beyond
+([design](design.md), section 5). By differences CUDA C++ takes less than Triton's calls up to
+{small}.
+At least, l2, bfloat16, D = 128, with {CALLS["native"]} calls by the host against {CALLS["triton"]}:
+
+{choice_table()}
+
+* Up to the bound of the table the choice is what the model says.
+* Beyond, CUDA C++ has matrix units as well, and Triton's calls take longer than its kernels up to
+  M = N = 4096: the model would keep CUDA C++ up to there. At M = N = {POINTS} it cannot tell them
+  apart before CUDA C++'s loops have been counted. The table waits for a GPU.
+* `nearest` goes to CUDA C++ wherever it was built. Its differences take {search:.0f} ms on an
+  H200 at the shape above, where Triton's products take a tenth: right for few rows, small problems
+  and graphs, which it was made for, and not for large ones.
+* Triplets and patches move the same bytes in both; the host's microseconds decide, as said there,
+  and for patches drawn and cut at once the instructions.
+"""
+
+
+def main() -> None:
+    """Write the page, or print the launches."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--print", action="store_true", help="each launch with its units")
+    if parser.parse_args().print:
+        print(launches_text([*losses(), *searches(), *rows_jobs()]))
+        return
+    PAGE.write_text(page())
 
 
 if __name__ == "__main__":

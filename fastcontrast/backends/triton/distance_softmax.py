@@ -3,7 +3,7 @@
 The kernels are in row_statistics.py and point_gradients.py up to launch.LARGEST_FUSED dimensions,
 and in wide.py, beside PyTorch's GEMMs, beyond. Memory is O((M+N)·D). 8MND operations would do for
 forward and backward; with a kernel for each side, so that nothing is added by two programs, it is
-10MND, and beyond LARGEST_FUSED 6MND in a loss.
+10MND, and 8MND where GEMMs write the scores: for statistics, and anew for weights.
 """
 
 # Triton's language is Python only in its syntax: the checker sees the wrong types.

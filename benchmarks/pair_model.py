@@ -1,0 +1,372 @@
+"""What the Triton kernels of pairs ask of a GPU: launches of `distance_softmax` and `nearest`.
+
+Counted in fastcontrast/backends/triton/, in the file that each function names, per score of a tile
+or per row of it. Two figures beside the source's are the compiler's: COMPILED, instructions of the
+inner loops, and REPLICAS, threads that keep the same row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from benchmarks.gpu_model import Counts, Device, Launch
+from fastcontrast.backends.triton import distance_softmax, nearest, wide
+from fastcontrast.backends.triton.launch import Launch as Sizes
+from fastcontrast.backends.triton.launch import is_fused, launch, padded_dimension
+
+# Bytes of an operand as the products take it; of a point as it was given.
+OPERAND_BYTES = {"ieee": 4, "tf32": 4, "bf16x3": 4, "bfloat16": 2, "float16": 2}
+GIVEN_BYTES = {"ieee": 4, "tf32": 4, "bf16x3": 4, "bfloat16": 2, "float16": 2}
+# Products of two points in units of one in bfloat16 (tiles.products: tf32 has half the rate, bf16x3
+# four products); of a weight and a point (tiles.weighted_rows). "ieee" has none, but lanes.
+SCORE_PRODUCTS = {"tf32": 2, "bf16x3": 4, "bfloat16": 1, "float16": 1, "ieee": 0}
+WEIGHT_PRODUCTS = {"tf32": 2, "bf16x3": 3, "bfloat16": 1, "float16": 2, "ieee": 0}
+# Of a score: (floats, integers and comparisons, special). tiles.scores_of with the Gram identity:
+# sum, product and sum in one, factor; the clamp; sqrt.
+SCORE = {"l2": (3, 1, 1), "sqeuclidean": (3, 1, 0), "dot": (1, 0, 0)}
+# row_statistics.py: less the maximum, exp2 times it and its sum, the other sum; compared with the
+# excluded column and chosen, maximum, FLOOR; exp2. For "dot" +inf is looked for.
+STATISTICS = {"l2": (3, 4, 1), "sqeuclidean": (3, 4, 1), "dot": (3, 6, 1)}
+# COLUMNS of it: less the maximum, sum; rows that are there, maximum over them; exp2.
+OF_COLUMNS = {"l2": (2, 2, 1), "sqeuclidean": (2, 2, 1), "dot": (2, 4, 1)}
+# point_gradients.py, "l2": distance by its inverse (sum, product and sum in one, two factors,
+# clamp; rsqrt); tiles.score_gradient: log p in two parts, times the gradient; exp2;
+# tiles.pair_weight: two factors; tiles.weighted_rows: two sums, rounding (a conversion) and back (a
+# shift of integers); excluded columns compared and chosen; maximum of the near test. "dot" needs
+# neither the sums nor what was rounded, and rounds two to an instruction.
+GRADIENTS = {"l2": (11, 5, 3), "sqeuclidean": (9, 5, 2), "dot": (5, 3, 1)}
+# HAS_COLUMNS: log p of the column in two parts, added times its gradient; exp2.
+OTHER_DIRECTION = (3, 0, 1)
+# Sums of a row go on in float64 once a tile: (operations, conversions). row_statistics.py: weighted
+# and mass, each scaled and added to; four conversions. point_gradients.py: two sums.
+STATISTICS_ROW, GRADIENTS_ROW = (3, 4), (2, 2)
+# A row of a tile lies in four lanes, and what is taken once a row is taken by each.
+REPLICAS = 4
+# What is multiplied by one instruction: rows of a warp, or of a group of four.
+WARP_ROWS, WARP_COLUMNS, GROUP_ROWS = 16, 8, 64
+# A multiprocessor of capability 9.0 on reads operands of products from shared memory itself.
+WITH_GROUPS = (9, 0)
+# Per score of the loops as compiled for bfloat16 at D = 128 by Triton 3.9.0: all instructions,
+# those for integers and comparisons, floats, special functions and conversions between types.
+# Printed by `python -m benchmarks.compiled_loops`.
+COMPILED: dict[tuple[int, str, str], tuple[float, float, float, float]] = {
+    (80, "statistics", "l2"): (24.8, 8.5, 8.1, 3.2),
+    (80, "statistics of both sides", "l2"): (53.1, 17.5, 14.4, 4.7),
+    (80, "gradients of rows", "l2"): (45.8, 11.2, 15.0, 3.8),
+    (80, "gradients of columns", "l2"): (52.4, 15.1, 16.6, 3.8),
+    (80, "statistics", "sqeuclidean"): (23.8, 8.5, 8.1, 2.2),
+    (80, "statistics of both sides", "sqeuclidean"): (52.4, 17.7, 15.0, 3.6),
+    (80, "gradients of rows", "sqeuclidean"): (42.5, 11.1, 13.1, 2.5),
+    (80, "gradients of columns", "sqeuclidean"): (49.1, 15.2, 14.6, 2.5),
+    (80, "statistics", "dot"): (22.4, 9.8, 5.5, 1.6),
+    (80, "statistics of both sides", "dot"): (41.4, 17.0, 9.9, 3.2),
+    (80, "gradients of rows", "dot"): (22.8, 6.1, 6.6, 1.0),
+    (80, "gradients of columns", "dot"): (30.1, 11.0, 7.4, 1.0),
+    (90, "statistics", "l2"): (27.1, 11.3, 9.5, 3.2),
+    (90, "statistics of both sides", "l2"): (56.1, 19.4, 14.7, 4.8),
+    (90, "gradients of rows", "l2"): (35.7, 9.4, 13.5, 3.4),
+    (90, "gradients of columns", "l2"): (42.3, 13.6, 13.2, 3.4),
+    (90, "statistics", "sqeuclidean"): (24.2, 10.1, 8.7, 2.2),
+    (90, "statistics of both sides", "sqeuclidean"): (55.0, 19.4, 14.7, 3.6),
+    (90, "gradients of rows", "sqeuclidean"): (32.6, 9.4, 11.6, 2.2),
+    (90, "gradients of columns", "sqeuclidean"): (39.2, 13.6, 12.1, 2.2),
+    (90, "statistics", "dot"): (16.7, 8.8, 5.3, 1.2),
+    (90, "statistics of both sides", "dot"): (44.5, 18.0, 10.4, 2.6),
+    (90, "gradients of rows", "dot"): (18.0, 5.3, 5.1, 1.0),
+    (90, "gradients of columns", "dot"): (24.9, 10.0, 6.3, 1.0),
+}
+
+
+class Shape(NamedTuple):
+    """Of a problem: rows, columns and dimensions, and how its points are multiplied.
+
+    Attributes:
+        m: Rows.
+        n: Columns.
+        dim: Dimensions.
+        metric: "l2", "sqeuclidean" or "dot".
+        kind: One of launch.KINDS but "float64".
+    """
+
+    m: int
+    n: int
+    dim: int
+    metric: str = "l2"
+    kind: str = "bfloat16"
+
+    def exchanged(self) -> Shape:
+        """Rows for columns."""
+        return self._replace(m=self.n, n=self.m)
+
+
+def units(shares: tuple[float, ...], scores: float) -> Counts:
+    """Of (floats, integers, special) for each score."""
+    return Counts(
+        {u: s * scores for u, s in zip(("floats", "integers", "special"), shares, strict=True)}
+    )
+
+
+def compiled(arch: int, kernel: str, shape: Shape) -> Counts | None:
+    """What the compiler made of a loop, where it was looked at: of bfloat16, whatever D."""
+    numbers = COMPILED.get((arch, kernel, shape.metric))
+    if numbers is None or shape.kind != "bfloat16":
+        return None
+    names = ("slots", "integers", "floats", "special")
+    return Counts({u: n * shape.m * shape.n for u, n in zip(names, numbers, strict=True)})
+
+
+def more_of(source: Counts, made: Counts | None) -> Counts | None:
+    """What compiled code has beyond the source's count, so that the two add up to it."""
+    if made is None:
+        return None
+    return Counts({unit: max(0.0, n - source.get(unit, 0.0)) for unit, n in made.items()})
+
+
+def warp_grid(block: int, other: int, warps: int, chained: bool) -> tuple[int, int]:
+    """Warps along rows and columns of a tile for mma.sync, as Triton deals them out."""
+    rows = columns = 1
+    while rows * columns < warps:
+        along = block // (WARP_ROWS * rows) >= other // (2 * WARP_COLUMNS * columns)
+        rows, columns = (2 * rows, columns) if chained or along else (rows, 2 * columns)
+    return rows, columns
+
+
+def operand_bytes(sizes: Sizes, depth: float, capability: tuple[int, int], weights: bool) -> float:
+    """Bytes that the products of one tile read from shared memory; ``depth``: of a point.
+
+    Scores read owners and others; with ``weights``, whose own are in registers, others again.
+    """
+    if capability >= WITH_GROUPS:
+        groups = sizes.block / GROUP_ROWS
+        scores = groups * (GROUP_ROWS + sizes.other) * depth
+        return scores + (groups * sizes.other * depth if weights else 0.0)
+    rows, columns = warp_grid(sizes.block, sizes.other, sizes.warps, weights)
+    scores = (columns * sizes.block + rows * sizes.other) * depth
+    return scores + (rows * sizes.other * depth if weights else 0.0)
+
+
+def _tiles(
+    shape: Shape, sizes: Sizes, device: Device, weights: bool, row: tuple[int, int]
+) -> Counts:
+    """Products, operands and float64 sums of a kernel that streams tiles of the columns."""
+    scores, width = float(shape.m) * shape.n, padded_dimension(shape.dim)
+    programs = math.ceil(shape.m / sizes.block)
+    tiles = programs * math.ceil(shape.n / sizes.other)
+    products = SCORE_PRODUCTS[shape.kind] + (WEIGHT_PRODUCTS[shape.kind] if weights else 0)
+    size = OPERAND_BYTES[shape.kind]
+    counts = Counts(
+        matrix=products * scores * width,
+        # Owners once, others once for every program (load_rows).
+        cache=size * shape.dim * (shape.m + programs * float(shape.n)),
+        shared=tiles * operand_bytes(sizes, size * width, device.capability, weights),
+        doubles=row[0] * REPLICAS * tiles * sizes.block,
+        conversions=row[1] * REPLICAS * tiles * sizes.block,
+    )  # fmt: skip
+    if products == 0:  # "ieee": products of lanes, without a matrix unit
+        counts = counts + {"floats": (2 if weights else 1) * scores * width}
+    return counts
+
+
+def architecture(device: Device) -> int:
+    """The entries of the launch table that the device runs."""
+    return 90 if device.capability >= (9, 0) else 80
+
+
+def statistics(shape: Shape, device: Device, *, both: bool = False) -> Launch:
+    """row_statistics_kernel and its merge: of rows, or with ``both`` of columns as well."""
+    sizes = launch("statistics", shape.kind, shape.dim, device.capability, many=both)
+    scores, size = float(shape.m) * shape.n, GIVEN_BYTES[shape.kind]
+    counts = _tiles(shape, sizes, device, False, STATISTICS_ROW)
+    counts = counts + units(SCORE[shape.metric], scores) + units(STATISTICS[shape.metric], scores)
+    # Points; state [4, M] float64 written and read, three results.
+    counts = counts + {"memory": size * shape.dim * (shape.m + shape.n) + (64 + 12) * shape.m}
+    if both:
+        counts = counts + units(OF_COLUMNS[shape.metric], scores)
+        blocks = math.ceil(shape.m / sizes.block)
+        counts = counts + {"memory": 2 * 8.0 * blocks * shape.n}  # maximum and sum, float32
+    name = "statistics of both sides" if both else "statistics"
+    return Launch(name, counts, more_of(counts, compiled(architecture(device), name, shape)))
+
+
+def gradients(shape: Shape, device: Device, *, rows: bool, both: bool = False) -> Launch:
+    """point_gradients_kernel of one side, ``m`` of ``shape`` the rows in either case."""
+    own = shape if rows else shape.exchanged()
+    sizes = launch("gradients", shape.kind, shape.dim, device.capability, many=both)
+    scores, size = float(shape.m) * shape.n, GIVEN_BYTES[shape.kind]
+    counts = _tiles(own, sizes, device, True, GRADIENTS_ROW if shape.metric != "dot" else (0, 0))
+    counts = counts + units(GRADIENTS[shape.metric], scores)
+    # Points, the table of rows [6, M]; the gradient is zeroed, read and written.
+    moved = size * shape.dim * (own.m + own.n) + 24 * shape.m + 12 * own.m * shape.dim
+    counts = counts + {"memory": moved}
+    name = f"gradients of {'rows' if rows else 'columns'}"
+    made = compiled(architecture(device), name, shape)
+    if both:
+        counts = counts + units(OTHER_DIRECTION, scores)
+        # Of the loop with it nothing is known but what the source adds.
+        extra = units(OTHER_DIRECTION, scores)
+        made = made and made + extra + {"slots": sum(OTHER_DIRECTION) * scores}
+    return Launch(name, counts, more_of(counts, made))
+
+
+def around(shape: Shape, cosine: bool) -> Launch:
+    """What is done beside the pairs: norms, positives, gradients added and rounded; O(M·D)."""
+    size, sides = GIVEN_BYTES[shape.kind], float(shape.m + shape.n) * shape.dim
+    # operands.py: norms. pairs.py: values, then for either side points of both, gradients read and
+    # written. ops/softmax_loss.py: gradients read, scaled and written, read and rounded.
+    moved = sides * ((size if shape.metric != "dot" else 0) + size + 2 * size + 8 + 12 + size)
+    if shape.kind in ("tf32", "bf16x3"):  # points centred and rounded are written
+        moved += sides * OPERAND_BYTES[shape.kind]
+    if cosine:  # ops/normalized.py, in float32: ten passes forward, nine backward
+        moved += 19 * 4 * sides
+    return Launch("norms, positives, sums", Counts(memory=moved))
+
+
+def gemm(name: str, m: float, n: float, k: float, kind: str, moved: Counts) -> Launch:
+    """PyTorch's product of [m, k] and [k, n] at the peak of its unit; ``moved``: its bytes."""
+    products = m * n * k
+    if kind == "ieee":
+        return Launch(name, Counts(floats=products) + moved)
+    return Launch(name, Counts(matrix=SCORE_PRODUCTS[kind] * products) + moved)
+
+
+def wide_step(n: int) -> int:
+    """Rows of a block of scores: wide.blocks_of_products."""
+    return max(wide.BLOCK_M, wide.BLOCK_SCORES // n // wide.BLOCK_M * wide.BLOCK_M)
+
+
+def _of_block(shape: Shape, device: Device, size: float) -> Callable[[float], Counts]:
+    """Bytes for each score of a block: those of the memory if the block outgrows the L2 cache."""
+    scores, block = float(shape.m) * shape.n, float(wide_step(shape.n)) * shape.n * size
+    place = "memory" if block > device.cache_bytes else "cache"
+    return lambda each: Counts({place: each * scores})
+
+
+def wide_scores(shape: Shape, device: Device) -> Launch:
+    """GEMMs that write the dot products of all blocks, float32."""
+    blocks, size = math.ceil(shape.m / wide_step(shape.n)), OPERAND_BYTES[shape.kind]
+    read = Counts(memory=size * shape.dim * (shape.m + blocks * float(shape.n)))
+    written = _of_block(shape, device, 4)(4)
+    return gemm("scores by GEMM", shape.m, shape.n, shape.dim, shape.kind, read + written)
+
+
+def wide_statistics(shape: Shape, device: Device) -> list[Launch]:
+    """Statistics from them: row_statistics_kernel with FROM_DOTS, blocks of 8 × 256."""
+    scores = float(shape.m) * shape.n
+    counts = units(SCORE[shape.metric], scores) + units(STATISTICS[shape.metric], scores)
+    counts = counts + _of_block(shape, device, 4)(4)
+    return [wide_scores(shape, device), Launch("statistics of scores", counts)]
+
+
+def wide_gradients(shape: Shape, device: Device, *, both: bool = False) -> list[Launch]:
+    """wide.Weights: scores again, weights, and a GEMM for either side."""
+    scores, size = float(shape.m) * shape.n, OPERAND_BYTES[shape.kind]
+    blocks = math.ceil(shape.m / wide_step(shape.n))
+    half = 2 if shape.kind in ("bfloat16", "bf16x3") else 4
+    parts = 2 if shape.kind == "bf16x3" else 1
+    of_block = _of_block(shape, device, 4)
+    # As GRADIENTS, and for "l2" sqrt beside rsqrt (scores_of and inverse_distance).
+    counts = units(GRADIENTS[shape.metric], scores) + of_block(4 + half * parts)
+    counts = counts + units((0, 0, 1 if shape.metric == "l2" else 0), scores)
+    if both:
+        counts = counts + units(OTHER_DIRECTION, scores)
+    weights = of_block(half * parts)
+    x, y = (4.0 * side * shape.dim for side in (shape.m, shape.n))
+    # Of a block of the rows: written, read and added. Of the columns, once for every block:
+    # written, read, added to what is there and written.
+    of_rows = weights + {"memory": x * 3 + size / 4 * y * blocks}
+    of_columns = weights + {"memory": y * blocks * 4 + size / 4 * x}
+    # part.sum(0, dtype=float64) widens every weight.
+    sums = weights + {"conversions": parts * scores, "doubles": parts * scores}
+    m, n, d = shape.m, shape.n, shape.dim
+    return [
+        wide_scores(shape, device),
+        Launch("weights of scores", counts),
+        gemm("gradient of rows by GEMM", m, d, n, shape.kind, of_rows),
+        gemm("gradient of columns by GEMM", n, d, m, shape.kind, of_columns),
+        Launch("sums of columns", sums),
+    ]
+
+
+def loss(
+    shape: Shape, device: Device, *, symmetric: bool = False, cosine: bool = False
+) -> list[Launch]:
+    """Launches of `softmax_loss` with both gradients, positives on the diagonal."""
+    fused = {
+        kernel: is_fused(kernel, shape.kind, shape.dim, device.capability)
+        for kernel in ("statistics", "gradients")
+    }
+    found = [around(shape, cosine)]
+    if not fused["statistics"]:
+        found += wide_statistics(shape, device)
+        found += wide_statistics(shape.exchanged(), device) if symmetric else []
+    elif symmetric and column_state(shape, device) <= distance_softmax.COLUMN_BYTES:
+        found.append(statistics(shape, device, both=True))
+    else:
+        found.append(statistics(shape, device))
+        found += [statistics(shape.exchanged(), device)] if symmetric else []
+    if fused["gradients"]:
+        return found + [gradients(shape, device, rows=r, both=symmetric) for r in (True, False)]
+    return found + wide_gradients(shape, device, both=symmetric)
+
+
+def column_state(shape: Shape, device: Device) -> int:
+    """Bytes that row blocks leave of the columns: _both_statistics."""
+    sizes = launch("statistics", shape.kind, shape.dim, device.capability, many=True)
+    return math.ceil(shape.m / sizes.block) * 2 * shape.n * 4
+
+
+# Bytes of a row at the forward peak: statistics and their float64 state, two norms, the table of
+# gradients, targets sorted by column; and at the backward peak, what was saved.
+FORWARD_ROW, BACKWARD_ROW = 112, 12
+
+
+def peak_bytes(m: int, n: int, dim: int, half: bool) -> int:
+    """Memory of a one-sided fused loss on distances above inputs and gradients, at its peak.
+
+    Of half points in the backward pass: both gradients in float32, kept from the forward pass
+    (ops/softmax_loss.py), the one scaled and rounded, the other scaled in float32 beside what it is
+    rounded to. Of float32 points in the forward pass, beside both sides centred (operands.py); with
+    as much in the backward pass, beside both scaled. Gradients are added to those that exist.
+    """
+    kept = 4 * (m + n) * dim
+    if half:
+        return kept + 2 * m * dim + (4 + 2) * n * dim + BACKWARD_ROW * m
+    return 2 * kept + FORWARD_ROW * m
+
+
+# nearest.py of a score: the bound (a sum, a product and sum in one); first pass: finite (compared),
+# counted (chosen), minimum; second: compared twice, counted, summed.
+LIMITS, CANDIDATES = (2, 3, 0), (2, 4, 0)
+# Of a score of a tile in which any pair passes: tl.cumsum, place, address, store under a mask.
+LISTED = (0, 8, 0)
+
+
+def nearest_columns(shape: Shape, device: Device, k: int, passing: float = 1.15) -> list[Launch]:
+    """Launches of `nearest`; ``passing``: candidates for each neighbour (GROUPS_PER_NEIGHBOR)."""
+    kind = "tf32" if GIVEN_BYTES[shape.kind] == 4 else shape.kind
+    shape = shape._replace(kind=kind)
+    sizes = launch("nearest", kind, shape.dim, device.capability)
+    scores, m = float(shape.m) * shape.n, float(shape.m)
+    tiles = _tiles(shape, sizes, device, False, (0, 0))
+    points = Counts(memory=OPERAND_BYTES[kind] * shape.dim * float(shape.m + shape.n))
+    minima = sizes.other * math.ceil(nearest.GROUPS_PER_NEIGHBOR * k / sizes.other)
+    first = tiles + points + units(LIMITS, scores) + {"memory": 8.0 * m * minima}
+    expected = passing * k * sizes.block * sizes.other / shape.n
+    second = tiles + points + units(CANDIDATES, scores)
+    second = second + units(LISTED, scores * -math.expm1(-expected))
+    capacity = min(2 * k + nearest.ROOM, shape.n)
+    # pairs.py in float64: both points read and widened, difference, product and sum.
+    pairs = passing * k * m * shape.dim
+    ranks = Counts(
+        conversions=2 * pairs, doubles=2 * pairs, cache=2 * GIVEN_BYTES[shape.kind] * pairs
+    )
+    # Lists as int64 and keys: filled, widened, masked, sorted by radix (8 passes) and gathered.
+    ranks = ranks + {"memory": (8 * 16 + 15 * 8) * m * capacity}
+    return [
+        Launch("nearest limits", first),
+        Launch("k-th smallest", Counts(memory=4 * 4.0 * m * minima)),
+        Launch("nearest candidates", second),
+        Launch("ranking", ranks),
+    ]
