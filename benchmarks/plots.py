@@ -47,6 +47,14 @@ def _axes(title: str, height: float = SIZE[1]) -> tuple[Figure, Any]:
     return figure, axes
 
 
+def _legend_below(figure: Figure, axes: Any) -> None:
+    """Names of the lines outside of the axes, as anywhere inside lines may run; two to a row."""
+    handles, labels = axes.get_legend_handles_labels()
+    rows = -(-len(labels) // 2)
+    figure.set_figheight(figure.get_figheight() + 0.18 * rows)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+
+
 def _same_but_rows(row: Row) -> str:
     case = {k: v for k, v in row["case"].items() if k not in ("rows", "job")}
     return str(sorted(case.items()))
@@ -91,7 +99,7 @@ def time_against_rows(rows: list[Row]) -> Figure:
     limits = sorted({(r["case"]["rows"], 1e3 * r["limit"]["seconds"]) for r in rows})
     axes.plot(*zip(*limits, strict=True), color=LIMIT, linestyle="--", label="limit")
     axes.set_ylabel("milliseconds")
-    axes.legend()
+    _legend_below(figure, axes)
     return figure
 
 
@@ -101,7 +109,7 @@ def memory_against_rows(rows: list[Row]) -> Figure:
     kept = [r for r in rows if r["peak_bytes"] > 0]  # a small one may hide in what is there
     _lines(axes, kept, "peak_bytes", 2.0**-20)
     axes.set_ylabel("MiB")
-    axes.legend()
+    _legend_below(figure, axes)
     return figure
 
 
@@ -140,7 +148,7 @@ def error_against(series: Row, label: str, what: str, title: str) -> Figure:
     """Errors against float64 over distance or temperature."""
     figure, axes = _axes(title)
     numerics.draw_errors(axes, series, what, label)
-    axes.legend()
+    _legend_below(figure, axes)
     return figure
 
 
