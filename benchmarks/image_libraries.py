@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from types import ModuleType
 
@@ -31,6 +32,12 @@ def torchvision() -> ModuleType:
 def kornia() -> ModuleType:
     """Import kornia; ImportError says why not."""
     return import_module("kornia")
+
+
+def triton_augment() -> ModuleType:
+    """Import triton-augment, which greets on its first import; ImportError says why not."""
+    os.environ.setdefault("TRITON_AUGMENT_SUPPRESS_FIRST_RUN_MESSAGE", "1")
+    return import_module("triton_augment")
 
 
 def why_not(name: str) -> str | None:

@@ -1,7 +1,8 @@
 """Jobs "losses" and "memory": pairwise losses, forward and backward, mean reduction.
 
 The control is four GEMMs (X·Yᵀ twice, G·Y, Gᵀ·X: 8MND operations), what a loss that recomputes its
-scores contains, of up to CONTROL_ROWS rows. The limit takes the 6MND that none can do without.
+scores contains, of up to CONTROL_ROWS rows. The limit takes the 6MND that none can do without. The
+kinds peers.FORWARD have no backward pass, and one GEMM.
 """
 
 from __future__ import annotations
@@ -79,15 +80,28 @@ class LossCase(Case):
 
         return run
 
+    @property
+    def _is_forward(self) -> bool:
+        return self.facts["kind"] in peers.FORWARD
+
+    def _forward_of(self, values: peers.Loss) -> Call:
+        x, y = (p.detach() for p in points(self.rows, self.dim, self.dtype, self.device))
+        return lambda: values(x, y)
+
     def build(self, provider: str) -> Call:
-        return self._backward_of(peers.PROVIDERS[provider].make(self.task), self.rows)
+        loss = peers.PROVIDERS[provider].make(self.task)
+        return self._forward_of(loss) if self._is_forward else self._backward_of(loss, self.rows)
 
     def work(self) -> Work:
         rows = self.rows * (2 if self.facts["kind"] == "two views" else 1)
         pairs = float(rows) * rows
         # Points read once, their gradients written once.
         moved = 4.0 * self.rows * self.dim * self.dtype.itemsize
-        return Work(6 * pairs * self.dim, moved, pairs * SPECIALS[self.facts["metric"]])
+        specials = pairs * SPECIALS[self.facts["metric"]]
+        if self._is_forward:  # whoever is nearest is so before any root
+            nearest = self.facts["kind"] == "nearest"
+            return Work(2 * pairs * self.dim, moved / 2, 0.0 if nearest else specials)
+        return Work(6 * pairs * self.dim, moved, specials)
 
     def control(self) -> Control:
         rows = min(self.rows, CONTROL_ROWS)
@@ -99,18 +113,35 @@ class LossCase(Case):
             g @ y
             g.T @ x
 
-        return Control("GEMMs", gemms, (self.rows / rows) ** 2)
+        times = (self.rows / rows) ** 2
+        if self._is_forward:
+            return Control("GEMM", lambda: x @ y.T, times)
+        return Control("GEMMs", gemms, times)
 
     def errors(self, provider: str) -> dict[str, float]:
         rows = min(self.rows, EXACT_ROWS)
         found = points(rows, self.dim, self.dtype, self.device)
         exact = [p.detach().double().requires_grad_() for p in found]
+        if self._is_forward:
+            return self._forward_errors(provider, found, exact)
         truth = exact_loss(self.task, *exact)
         mine = peers.PROVIDERS[provider].make(self.task)(found[0], found[1])
         return relative_errors(
             [mine.detach(), *torch.autograd.grad(mine, found)],
             [truth.detach(), *torch.autograd.grad(truth, exact)],
         )
+
+    def _forward_errors(
+        self, provider: str, found: list[Tensor], exact: list[Tensor]
+    ) -> dict[str, float]:
+        """Of log-sum-exp; of nearest columns how much farther they are than the nearest."""
+        with torch.no_grad():
+            mine = peers.PROVIDERS[provider].make(self.task)(*(p.detach() for p in found))
+            if self.facts["kind"] == "nearest":
+                d = torch.cdist(*exact, compute_mode="donot_use_mm_for_euclid_dist")
+                return {"distance": float((d.gather(1, mine[:, None])[:, 0] / d.amin(1)).max() - 1)}
+            truth = exact_loss(self.task, *exact)
+            return {"value": float(((mine.double() - truth) / truth).abs().max())}
 
     def smaller(self) -> Case:
         return LossCase(self.facts | {"rows": min(self.rows, SMALL_ROWS)})
@@ -179,6 +210,9 @@ def all_cases(
             add(middle, metric=metric, dtype="float32" if cuda else "bfloat16")
         for precision in ("tf32", "bf16x3") if cuda else ("bf16",):
             add(middle, dtype="float32", precision=precision)
+    if cuda and not quick:
+        add(middle, metric="sqeuclidean", kind="log-sum-exp")
+        add(middle, kind="nearest")
     for kind, metric in (
         ("symmetric", "cosine"), ("two views", "cosine"), ("labels", "cosine"), ("entropy", "dot")
     ):  # fmt: skip

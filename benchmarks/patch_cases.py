@@ -21,8 +21,17 @@ from benchmarks.peers import OURS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE = (0.08, 1.0)
+TRITON_AUGMENT = "triton-augment"  # on CUDA alone; floats, and an image for every patch
 KINDS = {
-    "cut": (OURS, "loop of slices", "advanced indexing", "unfold, gather", "torchvision", "kornia"),
+    "cut": (
+        OURS,
+        "loop of slices",
+        "advanced indexing",
+        "unfold, gather",
+        TRITON_AUGMENT,
+        "torchvision",
+        "kornia",
+    ),
     "resized": (OURS, "torchvision", "kornia, slice", "kornia, resample"),
     "backward": (OURS, "advanced indexing", "loop of slices"),
 }
@@ -65,6 +74,7 @@ class PatchCase(Case):
     distributions: ClassVar[dict[str, str]] = {
         OURS: "fastcontrast",
         "torchvision": "torchvision",
+        TRITON_AUGMENT: TRITON_AUGMENT,
         **dict.fromkeys(("kornia", "kornia, slice", "kornia, resample"), "kornia"),
     }
 
@@ -79,7 +89,8 @@ class PatchCase(Case):
         return f"patches {self.facts['kind']}, {shape}, (K, P) = ({self.k}, {self.p})"
 
     def providers(self) -> Sequence[str]:
-        return KINDS[self.facts["kind"]]
+        cuda = self.device.type == "cuda"
+        return [name for name in KINDS[self.facts["kind"]] if cuda or name != TRITON_AUGMENT]
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -115,8 +126,18 @@ class PatchCase(Case):
         if provider == OURS:
             out, options = self._output(), self._options
             return lambda: fastcontrast.random_patches(x, self.k, self.p, out=out, **options).data
+        if provider == TRITON_AUGMENT:
+            return self._fused(x)
         coords, (mean, std), cut = self._coords(), self._channels(), CUTTERS[provider]
         return lambda: cut(x, coords, self.p).float().div_(255).sub_(mean).div_(std)
+
+    def _fused(self, x: Tensor) -> Call:
+        """triton-augment's one kernel for crop and normalisation, where ours cut."""
+        augment = image_libraries.triton_augment().functional.fused_augment
+        top, left = self._coords()[..., :2].flatten(0, 1).unbind(1)
+        options: dict[str, Any] = {"mean": MEAN, "std": STD, "height": self.p, "width": self.p}
+        floats = x.float().div_(255)
+        return lambda: augment(floats.repeat_interleave(self.k, 0), top, left, **options)
 
     def _gradient(self, provider: str) -> Call:
         x, coords = self._images(), self._coords()

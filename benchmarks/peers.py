@@ -46,7 +46,11 @@ KINDS = {
     "two views": "SimCLR: 2M rows against the 2M - 1 others",
     "labels": f"supervised contrastive, {ROWS_PER_CLASS} rows to a class",
     "entropy": "cross-entropy plus the entropy of each row",
+    "log-sum-exp": "of each row over all columns, forward alone",
+    "nearest": "the column nearest to each row, forward alone",
 }
+# Numbers of rows, without a gradient, as yardsticks of the forward pass.
+FORWARD = ("log-sum-exp", "nearest")
 
 
 def class_ids(rows: int, device: torch.device) -> Tensor:
@@ -66,8 +70,10 @@ def scores(metric: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def of_scores(kind: str, s: Tensor) -> Tensor:
-    """The loss of a matrix of scaled scores."""
+    """The loss of a matrix of scaled scores; of FORWARD what each row has."""
     rows = torch.arange(len(s), device=s.device)
+    if kind in FORWARD:
+        return s.logsumexp(1) if kind == "log-sum-exp" else s.argmax(1)
     if kind == "two views":
         s = s.masked_fill(torch.eye(len(s), dtype=torch.bool, device=s.device), -torch.inf)
         return F.cross_entropy(s, rows.roll(len(s) // 2))
@@ -105,6 +111,11 @@ def ours(task: Task) -> Loss:
             return (out.lse - positive + out.entropy).mean()
 
         return with_entropy
+    if task.kind == "nearest":
+        return lambda x, y: fastcontrast.nearest(x, y, 1, metric=task.metric).indices[:, 0]
+    if task.kind == "log-sum-exp":
+        scale = 1 / task.temperature
+        return lambda x, y: fastcontrast.distance_softmax(x, y, scale=scale, **options).lse
     options["temperature"] = task.temperature
     if task.kind == "two views":
         return partial(fastcontrast.nt_xent_loss, **options)
@@ -275,6 +286,40 @@ def inf_cl(task: Task) -> Loss:
     return loss
 
 
+def flash_sinkhorn(task: Task) -> Loss:
+    """A half step of Sinkhorn with potentials of 0, on CUDA: log-sum-exp of squared distances.
+
+    Products of float32 points in TF32 and norms in float32, neither centred; and the nearest column
+    by its c-transform, which rounds points before it takes norms.
+    """
+    if task.kind == "nearest":
+        transform: Any = importlib.import_module("flash_sinkhorn").c_transform_fwd
+
+        def nearest(x: Tensor, y: Tensor) -> Tensor:
+            return transform(x, y, torch.zeros(len(y), device=y.device))[1]
+
+        return nearest
+    kernels: Any = importlib.import_module("flash_sinkhorn.kernels")
+    t = task.temperature
+
+    def log_sum_exp(x: Tensor, y: Tensor) -> Tensor:
+        bias = -y.float().square().sum(1) / t
+        return -kernels.flashsinkhorn_lse(x, y, bias, t) / t - x.float().square().sum(1) / t
+
+    return log_sum_exp
+
+
+def flash_kmeans(task: Task) -> Loss:
+    """Its assignment of points to centroids, on CUDA; in the points' dtype, not centred."""
+    module: Any = importlib.import_module("flash_kmeans.assign_euclid_triton")
+
+    def nearest(x: Tensor, y: Tensor) -> Tensor:
+        sqnorm = x.float().square().sum(1)
+        return module.euclid_assign_triton(x[None], y[None], sqnorm[None])[0].long()
+
+    return nearest
+
+
 class Peer(NamedTuple):
     """Maker, distribution, kinds with their metrics, and M×N matrices of float32 held at a time."""
 
@@ -287,7 +332,8 @@ class Peer(NamedTuple):
 
 
 ALL = ("l2", "sqeuclidean", "dot", "cosine")
-EVERY = {kind: ("dot",) if kind == "entropy" else ALL for kind in KINDS}
+OF_KIND = {"entropy": ("dot",), "nearest": ("l2", "sqeuclidean")}
+EVERY = {kind: OF_KIND.get(kind, ALL) for kind in KINDS}
 ONE = "one direction"
 OURS = "fastcontrast"
 PROVIDERS = {
@@ -315,6 +361,16 @@ PROVIDERS = {
     "KeOps": Peer(keops, "pykeops", {ONE: ("l2",)}, 0),
     "memeff": Peer(memeff, "memeff", {"symmetric": ("cosine",)}, 0, needs_cuda=True),
     "inf-cl": Peer(inf_cl, "inf-cl", {ONE: ("cosine",)}, 0, needs_cuda=True),
+    "flash-sinkhorn": Peer(
+        flash_sinkhorn,
+        "flash-sinkhorn",
+        {"log-sum-exp": ("sqeuclidean",), "nearest": ("l2", "sqeuclidean")},
+        0,
+        needs_cuda=True,
+    ),
+    "flash-kmeans": Peer(
+        flash_kmeans, "flash-kmeans", {"nearest": ("l2", "sqeuclidean")}, 0, needs_cuda=True
+    ),
 }
 
 
