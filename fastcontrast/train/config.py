@@ -183,7 +183,8 @@ class SemisupConfig(RunConfig):
 
     steps: int = 1500
     batch_size: int = 32
-    """Labelled images in a step, and as many unlabelled ones; one anchor per class on top."""
+    """Labelled images in a step, and as many unlabelled ones; on top of them one anchor per class,
+    or with "nearest" and "class-mean" --anchor-images of each."""
     learning_rate: float = 0.03
     """Initial rate. The paper's 0.1 suits runs of many epochs."""
     nesterov: bool = True

@@ -1,9 +1,10 @@
 """Semi-supervised learning by metric embedding: the recipe, from data to figures.
 
 Hoffer & Ailon, "Semi-supervised deep learning by metric embedding", arXiv 1611.01449. A step takes
-labelled images, unlabelled images and one labelled anchor of each class, embeds all of them, and
-scores every image by its distances to the anchors. Labelled images pay cross-entropy, unlabelled
-ones entropy. The command line calls :func:`prepare` and :func:`train`.
+labelled images, unlabelled images and one labelled anchor of each class (of several, the nearest or
+their mean, on request), embeds all of them, and scores every image by its distances to the anchors.
+Labelled images pay cross-entropy, unlabelled ones entropy. The command line calls :func:`prepare`
+and :func:`train`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ HELP = """\
 Learn an embedding from a few labels and many images without one
 (Hoffer & Ailon, "Semi-supervised deep learning by metric embedding", arXiv 1611.01449).
 
-- A step embeds labelled images, unlabelled images and one labelled anchor per class.
+- A step embeds labelled images, unlabelled images and one labelled anchor per class, or up to
+  --anchor-images of each class with --anchors nearest or class-mean.
 - Labelled images pay cross-entropy over their distances to the anchors, the others entropy.
 - It ends with the nearest-neighbour test error against the labelled images, and raw pixels'.
 - runs/<name>/ gets configuration, metrics, results, checkpoint, embeddings and pictures.
