@@ -141,6 +141,12 @@ def test_refused_by_name(data, tmp_path, options, said):
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
+def test_a_queue_is_not_recorded():
+    with pytest.raises(ValueError, match="cuda_graphs is True; wanted False, or a contrast other"):
+        SpatialConfig(cuda_graphs=True, contrast="queue")
+    SpatialConfig(cuda_graphs=True, contrast="hard-negative")
+
+
 def test_neighbours_in_time_are_not_recorded():
     with pytest.raises(ValueError, match="cuda_graphs is True; wanted False, or objective 'auto"):
         TemporalConfig(cuda_graphs=True)

@@ -48,7 +48,8 @@ from fastcontrast.train.runs import RunFolder, read_metrics
 WORLD = 3
 SHARED: dict[str, Any] = {"device": "cpu", "threads": 1, "log_every": 1, "eval_every": 2}
 # Batches that three ranks share out unevenly, anchors of ten classes among them; dropout, batch
-# normalisation over all images and apart, shifts and mirrors, an average of the weights, a plateau.
+# normalisation over all images and apart, shifts and mirrors, an average of the weights, a plateau,
+# a queue.
 CONFIGS: dict[str, RunConfig] = {
     "triplet": TripletConfig(
         batch_size=8, steps=4, held_out=0.3, test_triplets=200, schedule="plateau", patience=1,
@@ -57,7 +58,7 @@ CONFIGS: dict[str, RunConfig] = {
     "siamese": TripletConfig(loss="siamese", batch_size=5, steps=2, test_triplets=99, **SHARED),
     "spatial": SpatialConfig(
         batch_size=8, pretraining_steps=3, steps=2, labels_per_class=2, shift=2, mirror=True,
-        head_dropout=0.5, **SHARED,
+        head_dropout=0.5, contrast="queue", queue_size=12, **SHARED,
     ),
     "crops": SpatialConfig(
         patches="images", patch_size=20, batch_size=7, pretraining_steps=2, steps=1, mirror=True,

@@ -13,7 +13,7 @@ from runs_of import assert_same_run, stop_after
 from torch import nn
 
 from fastcontrast import sample_coords
-from fastcontrast.train import models, plots, spatial
+from fastcontrast.train import contrasts, models, plots, spatial
 from fastcontrast.train.config import SpatialConfig
 from fastcontrast.train.runs import RunFolder, read_metrics
 from fastcontrast.train.spatial import PatchTargets, contrast_patches, train_spatial
@@ -63,6 +63,40 @@ def test_patches_are_contrasted_by_equation_4(size, reduce):
     assert flat.item() == pytest.approx(math.log(6), rel=1e-6)
 
 
+def test_each_contrast_is_its_equation():
+    """Debiased and hard negatives of one batch, and a queue that holds earlier second patches."""
+    points = torch.randn(3, 2, 6, 4, dtype=torch.float64)  # steps, patches, images
+
+    def mean_loss(step, change, extra=()):
+        rows = []
+        for i, anchor in enumerate(points[step, 0]):
+            keys = [*points[step, 1], *extra]
+            weights = [math.exp(-(anchor - key).norm().item()) for key in keys]
+            positive = weights.pop(i)
+            rows.append(math.log1p(change(positive, np.array(weights)) / positive))
+        return np.mean(rows)
+
+    def loss(step, config, queue=None):
+        return contrasts.contrast(*points[step], config, queue)[0].item()
+
+    def debiased(positive, w):
+        return len(w) * max(0.0, (w.mean() - 0.05 * positive) / 0.95)
+
+    def hard(positive, w):
+        return len(w) * (w**1.5).sum() / (w**0.5).sum()
+
+    for name, change in (("debiased", debiased), ("hard-negative", hard)):
+        config = SpatialConfig(contrast=name, tau_plus=0.05, hardness=0.5)
+        assert contrasts.queue_of(config) is None
+        assert loss(0, config) == pytest.approx(mean_loss(0, change), rel=1e-9)
+    config = SpatialConfig(contrast="queue", queue_size=9)
+    queue = contrasts.queue_of(config)
+    for step, entries in enumerate([[], [0], [0, 1]]):
+        past = torch.cat([points[step, 1] for step in entries])[-9:] if entries else ()
+        truth = mean_loss(step, lambda _, w: w.sum(), past)
+        assert loss(step, config, queue) == pytest.approx(truth, rel=1e-9)
+
+
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "plot_run", lambda *_: [])
@@ -86,6 +120,31 @@ def test_stopped_in_any_stage_and_resumed_equals_straight(config, monkeypatch, s
     whole = train_spatial(dataclasses.replace(config, name="part", resume=True))
     assert_same_run(straight.run, whole.run)
     assert straight.figures == whole.figures
+
+
+@pytest.mark.parametrize("stop", [2, 9])
+def test_a_queue_is_part_of_the_checkpoint(config, monkeypatch, stop):
+    """Stopped while it fills, and in the second epoch, which begins after 7 steps without it."""
+    config = dataclasses.replace(
+        config, contrast="queue", queue_size=20, pretraining_steps=10, steps=1, baseline=False
+    )
+    lengths = []
+
+    def counted(anchors, positives, config, queue):
+        lengths.append(len(queue))
+        return contrasts.contrast(anchors, positives, config, queue)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spatial, "contrast", counted)
+        straight = train_spatial(config)
+    assert lengths == [0, 8, 16, 20, 20, 20, 20, 0, 8, 16]
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        train_spatial(dataclasses.replace(config, name="part"))
+    (saved,) = (config.out_dir / "part" / "pretraining" / "checkpoint").iterdir()
+    assert (saved / "memory.safetensors").is_file()
+    whole = train_spatial(dataclasses.replace(config, name="part", resume=True))
+    assert_same_run(straight.run, whole.run)
 
 
 def test_both_networks_start_from_the_same_weights(config):

@@ -100,8 +100,9 @@ class MemoryQueue(nn.Module):
             raise ValueError("labels must be enqueued always or never")
         dim = embeddings.shape[1]
         if not filled:
-            self.entries = embeddings.new_empty(self.size, dim)
-            self.ids = torch.empty(self.size, dtype=torch.int64, device=embeddings.device)
+            # Zeros, so that what is saved is a function of what was enqueued.
+            self.entries = embeddings.new_zeros(self.size, dim)
+            self.ids = torch.zeros(self.size, dtype=torch.int64, device=embeddings.device)
         elif self.entries.shape[1] != dim:
             raise ValueError(
                 f"embeddings must have D={self.entries.shape[1]} as before, got "

@@ -1,11 +1,11 @@
 """Checkpoints that survive a crash or a full disk; written and read by the training loop.
 
 A checkpoint is a folder ``step-<n>`` with ``model.safetensors`` (weights and buffers, nothing but
-tensors), ``average.safetensors`` (their moving average, if there is one) and ``training.pt``
-(optimiser, step, unfinished sums; loads with ``weights_only=True``). It is written under another
-name, flushed to the disk and renamed, and only then is the one before it removed: at every moment
-there is a complete one. ``best-<n>`` is the same of the step at which the watched figure was
-lowest.
+tensors), ``average.safetensors`` (their moving average, if there is one), ``memory.safetensors``
+(what the loss remembers of earlier steps, if it does) and ``training.pt`` (optimiser, step,
+unfinished sums; loads with ``weights_only=True``). It is written under another name, flushed to the
+disk and renamed, and only then is the one before it removed: at every moment there is a complete
+one. ``best-<n>`` is the same of the step at which the watched figure was lowest.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: TrainingState,
     average: nn.Module | None = None,
+    memory: nn.Module | None = None,
     *,
     best: bool = False,
 ) -> Path:
@@ -100,6 +101,7 @@ def save_checkpoint(
         optimizer: Its state_dict is saved.
         state: Where the run stands.
         average: The moving average of the model, if there is one; its state_dict is saved.
+        memory: What the loss remembers, if it does; its state_dict is saved.
         best: Whether to keep it as the best so far, too.
 
     Returns:
@@ -113,8 +115,8 @@ def save_checkpoint(
         return target
     copy = folder / f"best-{state.step:07d}"
     if best and not copy.exists():  # first: if the run dies in between, it comes by here again
-        _write(copy, model, optimizer, state, average)
-    _write(target, model, optimizer, state, average)
+        _write(copy, model, optimizer, state, average, memory)
+    _write(target, model, optimizer, state, average, memory)
     kept = {target, latest_checkpoint(folder, "best")}
     for path in _all_in(folder):
         if path not in kept:
@@ -128,12 +130,13 @@ def _write(
     optimizer: torch.optim.Optimizer,
     state: TrainingState,
     average: nn.Module | None,
+    memory: nn.Module | None,
 ) -> None:
     partial = target.with_name(target.name + _PARTIAL)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name, module in (("model", model), ("average", average)):
+        for name, module in (("model", model), ("average", average), ("memory", memory)):
             if module is not None:
                 _write_weights(partial / f"{name}.safetensors", module)
         with open(partial / "training.pt", "wb") as file:
@@ -177,6 +180,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     average: nn.Module | None = None,
+    memory: nn.Module | None = None,
 ) -> TrainingState:
     """Restore model and optimiser in place from one checkpoint.
 
@@ -186,6 +190,7 @@ def load_checkpoint(
         optimizer: Receives its state.
         device: Where the unfinished sums go.
         average: Receives the moving average of the weights.
+        memory: Receives what the loss remembered.
 
     Returns:
         Where the run stood.
@@ -194,8 +199,9 @@ def load_checkpoint(
         ValueError: If a file of it is missing, damaged, or of another model; the message names it.
     """
     load_weights(path / "model.safetensors", model)
-    if average is not None:
-        load_weights(path / "average.safetensors", average)
+    for name, module in (("average", average), ("memory", memory)):
+        if module is not None:
+            load_weights(path / f"{name}.safetensors", module)
     training_path = path / "training.pt"
     try:
         saved: dict[str, Any] = torch.load(training_path, map_location=device, weights_only=True)

@@ -271,6 +271,17 @@ class SpatialConfig(RunConfig):
     """Least distance between the two patches of an image, in cells or pixels."""
     symmetric: bool = False
     """Contrast in both directions; the paper's equation 4 has one."""
+    contrast: Literal["uniform", "debiased", "hard-negative", "queue"] = "uniform"
+    """What a patch is told from. "uniform": one patch of each other image of the batch, as in the
+    paper. "debiased": less the share --tau-plus that may be no negatives. "hard-negative": the near
+    ones weigh more, by --hardness. "queue": also the last --queue-size such patches of the batches
+    before, of this epoch, as the network embedded them then."""
+    tau_plus: float = 0.1
+    """With "debiased": how probably another image is of the same class."""
+    hardness: float = 1.0
+    """With "hard-negative": weights are exp(-hardness * distance), scaled to a mean of 1."""
+    queue_size: int = 1024
+    """With "queue": patches remembered; a checkpoint holds them."""
     pretraining_steps: int = 800
     """Steps of spatial contrasting. 0: none, and then no baseline either."""
     pretraining_eval_every: int = 0
@@ -307,7 +318,7 @@ class SpatialConfig(RunConfig):
     def check(self) -> None:
         """Raise ValueError that names the first field whose value is unusable."""
         super().check()
-        at_least(self, 1, "patch_size")
+        at_least(self, 1, "patch_size", "queue_size")
         at_least(
             self,
             0,
@@ -316,12 +327,15 @@ class SpatialConfig(RunConfig):
             "labels_per_class",
             "shift",
             "min_offset",
+            "hardness",
         )
         for field in ("pretraining_learning_rate", "baseline_learning_rate"):
             require(0 < getattr(self, field) < math.inf, self, field, "above 0")
-        require(0 <= self.head_dropout < 1, self, "head_dropout", "0 or more, below 1")
-        require(0 <= self.slope < 1, self, "slope", "0 or more, below 1")
+        for field in ("head_dropout", "slope", "tau_plus"):
+            require(0 <= getattr(self, field) < 1, self, field, "0 or more, below 1")
         require(self.batch_size > 1, self, "batch_size", "2 or more: images to contrast")
+        recorded = self.cuda_graphs and self.contrast == "queue"  # whose length is not fixed
+        require(not recorded, self, "cuda_graphs", "False, or a contrast other than 'queue'")
 
 
 @dataclass(frozen=True)

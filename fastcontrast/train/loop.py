@@ -77,6 +77,7 @@ class Task(Generic[Targets]):
             evaluation before), that the plateau schedule goes by; lower is better.
         keep_best: Whether the checkpoint with the lowest watched figure is kept beside the last.
         forward: The network's outputs for a batch's images, if it is not one pass over all.
+        memory: What the loss remembers of earlier steps, alike on all ranks; checkpoints hold it.
     """
 
     batch_at: Callable[[int], Batch[Targets]]
@@ -89,6 +90,7 @@ class Task(Generic[Targets]):
     watch: str = "interval_loss"
     keep_best: bool = False
     forward: Callable[[Callable[..., Any], Tensor], Tensor] = run_network
+    memory: nn.Module | None = None
 
 
 def train_step(
@@ -251,7 +253,9 @@ def fit(
         if record and is_first():
             append_metrics(run, record)
         if (evaluating or stopping) and is_first():
-            save_checkpoint(run.checkpoints, model, optimizer, state, average, best=best)
+            save_checkpoint(
+                run.checkpoints, model, optimizer, state, average, task.memory, best=best
+            )
         progress.advance(done)
         if record:
             progress.record(record)

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcontrast.data import ImageDataset
-from fastcontrast.losses.spatial_contrasting import spatial_contrasting_loss
+from fastcontrast.losses.memory_queue import MemoryQueue
 from fastcontrast.patches import random_patches
 from fastcontrast.train import models, plots, stage
 from fastcontrast.train.batches import seed_dropout, shuffled_batch, split_labels
 from fastcontrast.train.config import SpatialConfig, drops_of
+from fastcontrast.train.contrasts import contrast, queue_of
 from fastcontrast.train.evaluation import Figure, embed
 from fastcontrast.train.loop import Batch, Task
 from fastcontrast.train.probes import linear_probe
@@ -36,7 +37,8 @@ HELP = """\
 Contrast patches of images without labels, then train on labels
 (Hoffer, Hubara & Ailon, "Deep unsupervised learning through spatial contrasting", 1610.00243).
 
-- Stage 1: two patches of each image's feature map, against those of the other images.
+- Stage 1: two patches of each image's feature map, against those of the other images; --contrast
+  corrects for false negatives, weighs hard ones up or remembers those of earlier batches.
 - Stage 2: the whole network on the labelled images; and the same from random weights, beside it.
 - It ends with both test errors, and those of a linear layer on the frozen features.
 - Every stage has a folder in runs/<name>/, with metrics and checkpoint of its own.
@@ -53,7 +55,10 @@ class PatchTargets(NamedTuple):
 
 
 def contrast_patches(
-    features: Tensor, targets: PatchTargets, config: SpatialConfig
+    features: Tensor,
+    targets: PatchTargets,
+    config: SpatialConfig,
+    queue: MemoryQueue | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cut two patches out of each feature map and contrast them: the loss of one step.
 
@@ -61,6 +66,7 @@ def contrast_patches(
         features: [N, C, H, W].
         targets: Of the images, for the positions.
         config: Says the size of the patches, what becomes of their cells, and the loss.
+        queue: Of earlier batches' second patches; receives these.
 
     Returns:
         The loss in nats, and it as a vector, [1].
@@ -70,28 +76,24 @@ def contrast_patches(
         sample_ids=targets.sample_ids, min_distance=config.min_offset or None,
     ).data  # fmt: skip
     points = patches.mean((3, 4)) if config.reduce == "mean" else patches.flatten(2)
-    return _contrast(points[:, 0], points[:, 1], config)
+    return contrast(points[:, 0], points[:, 1], config, queue)
 
 
-def contrast_crops(outputs: Tensor, config: SpatialConfig) -> tuple[Tensor, Tensor]:
+def contrast_crops(
+    outputs: Tensor, config: SpatialConfig, queue: MemoryQueue | None = None
+) -> tuple[Tensor, Tensor]:
     """Contrast the features of patches that were cut out of the images.
 
     Args:
         outputs: Feature maps [2N, C, h, w]: the first patch of every image, then the second.
         config: Says the loss.
+        queue: Of earlier batches' second patches; receives these.
 
     Returns:
         The loss in nats, and it as a vector, [1].
     """
     first, second = outputs.mean((2, 3)).chunk(2)
-    return _contrast(first, second, config)
-
-
-def _contrast(first: Tensor, second: Tensor, config: SpatialConfig) -> tuple[Tensor, Tensor]:
-    loss = spatial_contrasting_loss(
-        first.contiguous(), second.contiguous(), symmetric=config.symmetric
-    )
-    return loss, loss.detach()[None]
+    return contrast(first, second, config, queue)
 
 
 def prepare(config: SpatialConfig, *, open_folder: bool = True) -> stage.Job[SpatialConfig]:
@@ -202,6 +204,7 @@ def pretrain(
     count, crops = len(images), config.patches == "images"
     per_image = Shares(config.batch_size)
     shares = Shares(config.batch_size, config.batch_size) if crops else per_image
+    queue, epoch = queue_of(config), count // config.batch_size
 
     def batch_at(step: int) -> Batch[PatchTargets]:
         drawn = shuffled_batch(count, config.batch_size, config.seed, step)
@@ -217,9 +220,11 @@ def pretrain(
         return Batch(patches.transpose(0, 1).flatten(0, 1), targets)
 
     def loss(features: Tensor, targets: PatchTargets) -> tuple[Tensor, Tensor]:
+        if queue is not None and targets.step % epoch == 0:
+            queue.clear()  # keys of the epoch before may be of the same images
         if crops:
-            return contrast_crops(features, config)
-        return contrast_patches(features, targets, config)
+            return contrast_crops(features, config, queue)
+        return contrast_patches(features, targets, config, queue)
 
     steps = config.pretraining_steps
     drops = drops_of(steps) if config.schedule == "step" else ()
@@ -233,6 +238,7 @@ def pretrain(
             config.rates, rate=config.pretraining_learning_rate, steps=steps, drops=drops
         ),
         steps=steps,
+        memory=queue,
     )
     kind = "pixels" if crops else "cells of the feature map"
     announcement = (

@@ -195,6 +195,8 @@ def run_stage(
     config, device = job.config, job.device
     place(model, device)
     spread_layers(model, task.shares)
+    if task.memory is not None:
+        task.memory.to(device)
     average = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else None
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -208,7 +210,7 @@ def run_stage(
     begun, checkpoint = from_first(lambda: _open_stage(run))
     if config.resume and begun:
         if checkpoint:
-            state = load_checkpoint(checkpoint, model, optimizer, device, average)
+            state = load_checkpoint(checkpoint, model, optimizer, device, average, task.memory)
             announcement += f"\ncontinuing after step {state.step:,}"
         else:
             announcement += f"\nno checkpoint in {run.checkpoints}: starting over from step 0"
