@@ -91,7 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save(record, ROOT / "benchmarks" / "results" / f"{stem(record)}.json")
         render(record, STUDIES[args.study], ROOT / "docs", data)
         return
-    record = read(args.out, args.study, Path(args.data).resolve().name)
+    place = Path(args.data).resolve()
+    if place.name == "raw":  # as torchvision lays MNIST out
+        place = place.parent
+    record = read(args.out, args.study, place.name)
     torch.set_num_threads(args.threads)
     points = STUDIES[args.study].points
     if args.steps:
