@@ -1,8 +1,7 @@
 // Maths: t_ij = s_ij log2(e) from Σ_k (x_ik - y_jk)², or from x_i·y_j. Statistics: per row the
-// running
-//   maximum, Σ 2^(t-max) and Σ 2^(t-max)(t-max), on request Σ t and two counts. Gradients of the
-//   owners o of one side by the others q: do = Σ c (q - o), for "dot" Σ c q, with the pair weights
-//   c of common/scores.h. Losses: one positive per row, by direct difference.
+//   running maximum, Σ 2^(t-max) and Σ 2^(t-max)(t-max), on request Σ t and two counts. Gradients
+//   of the owners o of one side by the others q: do = Σ c (q - o), for "dot" Σ c q, with the pair
+//   weights c of common/scores.h. Losses: one positive per row, by direct difference.
 // Tiling: a block owns 32 points of one side and streams tiles of 64 points (32 in double) of the
 //   other, a thread has 4 × 4 (4 × 2) of the scores. Their softmax stays in its registers; 16
 //   threads merge theirs when the last tile is through (of columns: column_sums.h). In gradients
@@ -38,8 +37,7 @@ struct alignas(16) StatisticsTile {
   ColumnSums<T, THREADS / WARP, with_columns ? Sizes<T>::OTHERS : 1> columns[2];
 };
 
-// The sums of a thread's columns over its rows, and over those of the other lanes, to shared
-// memory.
+// The sums of a thread's columns over its rows and the other lanes' rows, to shared memory.
 template <typename T>
 __device__ __forceinline__ void sum_columns(const T (&t)[OWN][Sizes<T>::OTHER],
                                             ColumnSums<T, THREADS / WARP, Sizes<T>::OTHERS>& to) {

@@ -1,14 +1,12 @@
-// Maths: as distance_softmax.cu, with ‖x-y‖² = ‖x‖² + ‖y‖² - 2 x·y of rounded points, and gradients
-// as
-//   (C Q) - o Σ c, both by the matrix units.
+// Maths: as distance_softmax.cu, with ‖x-y‖² = ‖x‖² + ‖y‖² - 2 x·y of rounded points, and
+//   gradients as (C Q) - o Σ c, both by the matrix units.
 // Tiling: a block owns 64 points of one side, a warp 16 of them, and streams tiles of 64 points (32
 //   of two bfloat16 terms) of the other: mma.sync of 16 × 8 scores, which stay in registers,
 //   softmax and all. Weights go from there into the second product without a detour, and the
 //   gradient of 128 coordinates is in registers; more are further blocks, which compute the scores
 //   anew.
 // Memory: points are rounded once, into rows of whole stages; a stage is copied (cp.async) while
-// the
-//   one before is multiplied. Others come from the L2 cache.
+//   the one before is multiplied. Others come from the L2 cache.
 // Numerics: points are centred, sums in float. Near pairs (common/scores.h) and positives leave the
 //   tile: a warp takes one at a time, by direct difference of the points as given, and adds its
 //   gradient to the owner's row in memory, which this warp alone writes. Σ c (q - o) is formed with
