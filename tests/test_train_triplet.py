@@ -164,6 +164,19 @@ def test_siamese_pairs_train_too(config):
     assert {"linear layer", "linear SVM", "1-NN"} <= {f.name for f in result.figures}
 
 
+def test_classifiers_of_some_training_images(config, monkeypatch):
+    monkeypatch.setattr(plots, "plot_run", lambda *a: None)
+    config = dataclasses.replace(config, steps=1, classifier_images=25)
+    figures = {figure.name: figure for figure in train_triplet(config).figures}
+    assert "of 25 training images" in figures["linear layer"].protocol
+    drawn = [triplet.classifier_images(dataclasses.replace(config, seed=s), 60) for s in (0, 0, 1)]
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    assert len(np.unique(drawn[0])) == 25
+    everything = triplet.classifier_images(dataclasses.replace(config, classifier_images=0), 60)
+    assert np.array_equal(everything, np.arange(60))
+
+
 def test_it_learns(config):
     config = dataclasses.replace(
         config, steps=60, batch_size=24, eval_every=60, log_every=20, dropout=0.0, ema=0.0,

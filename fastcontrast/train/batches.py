@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcontrast.patches import extract_patches, random_patches
 
 # Independent Philox keys of one seed: one for each kind of draw.
-LABELS, STEPS, HELD_OUT, TEST, SHUFFLES, DROPOUT, PROBES = range(7)
+LABELS, STEPS, HELD_OUT, TEST, SHUFFLES, DROPOUT, PROBES, CLASSIFIERS = range(8)
 
 
 def generator(seed: int, stream: int, step: int = 0) -> np.random.Generator:

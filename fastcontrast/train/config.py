@@ -228,6 +228,9 @@ class TripletConfig(RunConfig):
     their triplet error. The last evaluation trains its classifiers on all training images."""
     test_triplets: int = 64_000
     """Fixed triplets of test images, and as many of held-out ones, that the error is taken of."""
+    classifier_images: int = 0
+    """Training images, drawn by the seed, on whose frozen embeddings the classifiers at the end are
+    trained. 0: all, as fastcontrast eval takes whatever is said here."""
 
     steps: int = 1000
     batch_size: int = 64
@@ -240,6 +243,7 @@ class TripletConfig(RunConfig):
         """Raise ValueError that names the first field whose value is unusable."""
         super().check()
         at_least(self, 1, "test_triplets")
+        at_least(self, 0, "classifier_images")
         require(self.margin > 0 and math.isfinite(self.margin), self, "margin", "more than 0")
         for field in ("dropout", "held_out"):
             require(0 <= getattr(self, field) < 1, self, field, "0 or more, below 1")

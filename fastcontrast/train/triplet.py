@@ -19,7 +19,7 @@ from fastcontrast.data import ImageDataset
 from fastcontrast.losses.siamese_contrastive import siamese_contrastive_loss
 from fastcontrast.losses.triplet_ratio import triplet_ratio_loss
 from fastcontrast.train import models, plots, stage
-from fastcontrast.train.batches import STEPS, TEST, generator, hold_out, seed_dropout
+from fastcontrast.train.batches import CLASSIFIERS, STEPS, TEST, generator, hold_out, seed_dropout
 from fastcontrast.train.config import TripletConfig
 from fastcontrast.train.evaluation import (
     NEIGHBOURS,
@@ -263,7 +263,8 @@ def train(job: stage.Job[TripletConfig]) -> stage.Result:
         trained = stage.run_stage(job, run, model, task, should_stop, announcement)
         if not is_first():
             return stage.Result(run, trained.step, trained.interrupted, [])
-        points = embed(trained.model, train_images, pixels)
+        chosen = torch.from_numpy(classifier_images(config, len(train_images))).to(device)
+        points = embed(trained.model, train_images[chosen], pixels)
         test = embed(trained.model, test_images, pixels)
         figures = [
             Figure(
@@ -273,7 +274,7 @@ def train(job: stage.Job[TripletConfig]) -> stage.Result:
             )
         ]
         probe, judged = judge_frozen(
-            points, dataset.train_labels.to(device), test, dataset.test_labels.to(device),
+            points, dataset.train_labels.to(device)[chosen], test, dataset.test_labels.to(device),
             config.seed,
         )  # fmt: skip
         result = stage.Result(run, trained.step, trained.interrupted, [*figures, *judged])
@@ -286,6 +287,14 @@ def train(job: stage.Job[TripletConfig]) -> stage.Result:
         write_results(run, result.step, result.figures)
         plots.plot_run(run, config, dataset)
     return result
+
+
+def classifier_images(config: TripletConfig, count: int) -> np.ndarray:
+    """Indices of the training images that the classifiers at the end see, int64 [N]."""
+    if not 0 < config.classifier_images < count:
+        return np.arange(count)
+    drawn = generator(config.seed, CLASSIFIERS).permutation(count)
+    return np.sort(drawn[: config.classifier_images])
 
 
 def judge_frozen(
