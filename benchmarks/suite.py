@@ -182,8 +182,9 @@ class Run:
             return answer
         found = answer["result"]
         worst = max(found["errors"].values())
-        if not worst <= case.allowed:
-            reason = f"error {worst:.1e} against float64, allowed {case.allowed:.0e}: another job"
+        allowed = case.allowed(provider)
+        if not worst <= allowed:
+            reason = f"error {worst:.1e} against float64, allowed {allowed:.0e}: another job"
             return {"status": "differs", "reason": reason, "error": found["errors"]}
         return {
             "status": "ok", "version": version, "peak_bytes": found["peak_bytes"],

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import limits, measure, peers, processes, record, report, suite
-from benchmarks.cases import MODULES, Work, all_cases, case_of
+from benchmarks.cases import MODULES, PRECISIONS, Work, all_cases, case_of
 from fastcontrast import cli
 
 TESTS = Path(__file__).parent
@@ -256,7 +256,19 @@ def test_adapters_compute_the_same_loss(kind, metric, provider):
     case = case_of(facts)
     if case.version(provider) is None:
         pytest.skip(f"{provider} is not installed")
-    assert max(case.errors(provider).values()) < case.allowed
+    assert max(case.errors(provider).values()) < case.allowed(provider)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("metric", peers.ALL)
+def test_our_precisions_are_the_same_job(metric, precision):
+    facts = {
+        "job": "losses", "kind": "one direction", "metric": metric, "rows": 512, "dim": 128,
+        "dtype": "float32", "precision": precision, "device": "cpu",
+    }  # fmt: skip
+    case = case_of(facts)
+    assert max(case.errors(peers.OURS).values()) < case.allowed(peers.OURS)
+    assert case.allowed("torch eager") == 1e-3
 
 
 # In a process of its own: peers load libraries that a process of the suite may hold otherwise.
@@ -269,7 +281,7 @@ for facts in all_cases(sys.argv[1], quick=True, device="cpu", sizes=[4]):
     for provider in case.providers():
         if case.version(provider) is not None and not case.compiles(provider):
             errors = case.errors(provider)
-            assert max(errors.values()) < case.allowed, (case.name, provider, errors)
+            assert max(errors.values()) < case.allowed(provider), (case.name, provider, errors)
 """
 
 
