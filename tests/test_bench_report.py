@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import record
+from benchmarks import plots, record
 from benchmarks.processes import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -41,3 +41,15 @@ def test_readme_has_the_table_of_the_record():
         row = _quoted_row(NAMES.get(name, name))
         assert float(seconds) == pytest.approx(row["minimum"], rel=5e-3)
         assert memory == f"{row['peak_bytes'] / 2**20:,.0f}"
+
+
+def test_every_case_has_its_bar():
+    for job in ("losses", "patches", "triplet", "train"):
+        rows = [row for row in plots.measured(QUOTED["rows"]) if row["job"] == job]
+        names = {row["name"] for row in rows}
+        drawn = []
+        for group in plots.bar_groups(rows):
+            figure = plots.ratio_bars(rows, job, group)
+            drawn += [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        assert len(drawn) == len(names)
+        assert set(drawn) == names
