@@ -78,6 +78,10 @@ class Case(ABC):
         """What is timed beside them."""
 
     @abstractmethod
+    def control_work(self) -> Work:
+        """What one call of the control does: products, or bytes alone."""
+
+    @abstractmethod
     def errors(self, provider: str) -> dict[str, float]:
         """Errors against float64 by name; beyond `allowed`, it is another job."""
 

@@ -118,6 +118,10 @@ class LossCase(Case):
             return Control("GEMM", lambda: x @ y.T, times)
         return Control("GEMMs", gemms, times)
 
+    def control_work(self) -> Work:
+        rows = float(min(self.rows, CONTROL_ROWS))
+        return Work((2 if self._is_forward else 8) * rows * rows * self.dim, 0.0)
+
     def errors(self, provider: str) -> dict[str, float]:
         rows = min(self.rows, EXACT_ROWS)
         found = points(rows, self.dim, self.dtype, self.device)

@@ -183,6 +183,9 @@ class PatchCase(Case):
         out = self._output()
         return Control("fill_", lambda: out.fill_(0.5))
 
+    def control_work(self) -> Work:
+        return Work(0.0, self._output_bytes())
+
     def errors(self, provider: str) -> dict[str, float]:
         """Largest difference of a pixel; of a peer with draws of its own, of shape and range."""
         mine = self.build(provider)().double().flatten(0, -4)

@@ -116,8 +116,8 @@ def memory_against_rows(rows: list[Row]) -> Figure:
 def bar_groups(rows: list[Row]) -> list[list[str]]:
     """Names of all cases, shared out evenly over as few pictures of bars as hold them."""
     names = list(dict.fromkeys(r["name"] for r in rows))
-    pictures = -(-len(names) // BARS)
-    size = -(-len(names) // max(pictures, 1))
+    pictures = max(-(-len(names) // BARS), 1)
+    size = max(-(-len(names) // pictures), 1)
     return [names[start : start + size] for start in range(0, len(names), size)]
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
+from benchmarks.limits import with_limits
 from benchmarks.measure import DRIFT
-from benchmarks.record import NOT_INSTALLED, compare, comparison_text
+from benchmarks.record import NOT_INSTALLED
 
 Row = dict[str, Any]
 COLUMNS = ("provider", "ms", "median", "limit ÷ time", "MiB", "error", "remarks")
@@ -21,9 +22,10 @@ JOBS = {
 }
 NOTES = (
     "Times are of one call, the minimum and the median of interleaved rounds on the same inputs.",
-    "The limit is what the machine needs at least: operations of products at the measured rate of "
-    "a large square GEMM, or bytes at the measured rate of a copy of that size, whichever takes "
-    "longer; on a GPU special functions by its clock as well. limit ÷ time is 1 at the limit.",
+    "The limit is what the machine needs at least: operations of products, or bytes moved, "
+    "whichever takes longer; on a GPU special functions by its clock as well. Its rates are the "
+    "highest of the run: of GEMMs of several shapes and of copies and fills of that size or "
+    "larger, before and after the cases, and of the controls. limit ÷ time is 1 at the limit.",
     "MiB: peak above inputs and gradients, of one call in a process of its own (CPU), or of "
     "torch's allocator (CUDA).",
     "Error: the largest relative error of loss or gradient against float64 on up to 512 rows "
@@ -125,6 +127,8 @@ def machine(record: Row) -> dict[str, str]:
     if absent(record["rows"]):
         facts["not installed"] = ", ".join(absent(record["rows"]))
     facts["command"] = record["command"]
+    if "elapsed_seconds" in record:
+        facts["the run took"] = f"{record['elapsed_seconds'] / 60:.1f} minutes"
     return facts
 
 
@@ -205,14 +209,14 @@ def _group(name: str, rows: list[Row]) -> str:
     return "".join(lines)
 
 
-def write(record: Row, folder: Path, old: Row | None = None) -> list[Path]:
+def write(record: Row, folder: Path, changes: str = "") -> list[Path]:
     """Write page, table and pictures into the folder; their paths."""
+    record = with_limits(record)
     pictures, written = {}, []
     for name, figure in plots.figures(record):
         plots.save_png(figure, folder / f"{name}.png")
         written.append(folder / f"{name}.png")
         pictures[name] = plots.svg(figure, name)
-    changes = comparison_text(compare(old, record)) if old else ""
     for path, text in (
         (folder / "bench.html", page(record, pictures, changes)),
         (folder / "bench.md", markdown(record)),

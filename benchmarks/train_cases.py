@@ -138,6 +138,9 @@ class TrainCase(Case):
     def control(self) -> Control:
         return Control("network alone", self._step(torch.sum, False))
 
+    def control_work(self) -> Work:
+        return Work(self.work().flops, 0.0)
+
     def errors(self, provider: str) -> dict[str, float]:
         """Of the loss and of the embeddings' gradient, given the network's embeddings."""
         mine = provider == OURS

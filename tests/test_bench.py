@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import limits, measure, peers, processes, record, report, suite
+from benchmarks import comparison, limits, measure, peers, processes, record, report, suite
 from benchmarks.cases import MODULES, PRECISIONS, Work, all_cases, case_of
 from fastcontrast import cli
 
@@ -75,7 +75,6 @@ def test_a_run_measures_ours_and_a_peer(finished, results):
         row = _row(results, name)
         assert row["status"] == "ok"
         assert row["minimum"] > 0
-        assert row["ratio"] == row["limit"]["seconds"] / row["minimum"]
         assert row["error"]["gradient"] < 1e-5  # float32 on 24 rows
 
 
@@ -106,6 +105,8 @@ def test_a_run_goes_on_where_it_ended(finished, results, capsys):
     again = record.read(path)
     assert len(again["rows"]) == len(results["rows"])
     assert _row(again, "torch eager")["status"] == "ok"
+    assert again["elapsed_seconds"] > results["elapsed_seconds"] > 0  # that of both parts
+    assert "the run took: " in (finished[0] / "bench.md").read_text()
     kept = [row for row in again["rows"] if row["provider"] != "torch eager"]
     assert kept == ended["rows"]
 
@@ -160,17 +161,59 @@ def test_only_what_is_beyond_noise_has_changed(results, factor, verdict):
         _row(found, "fastcontrast").update(minimum=1e-3, median=1.3e-3)  # 30 % noise
     row = _row(results, "fastcontrast")
     row.update(minimum=factor * row["minimum"], median=factor * row["median"])
-    changed = {c["provider"]: c["verdict"] for c in record.compare(old, results)}
-    assert changed["fastcontrast"] == verdict
-    assert changed["torch eager"] == "same"
+    changed = {c["provider"]: c["verdicts"] for c in comparison.compare(old, results)}
+    assert changed["fastcontrast"] == ([] if verdict == "same" else [verdict])
+    assert changed["torch eager"] == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "verdict"),
+    [
+        ("peak_bytes", 600 << 20, "more memory"),
+        ("peak_bytes", 6 << 20, "less memory"),
+        ("peak_bytes", 63 << 20, None),  # 5 %
+        ("error", {"loss": 1e-7, "gradient": 1e-2}, "larger error"),
+        ("error", {"loss": 1e-7, "gradient": 2e-6}, "smaller error"),
+        ("error", {"loss": 1e-7, "gradient": 1.1e-5}, None),
+    ],
+)
+def test_memory_and_error_are_compared(results, field, value, verdict):
+    _row(results, "fastcontrast").update(peak_bytes=60 << 20, error={"gradient": 1e-5})
+    old = copy.deepcopy(results)
+    _row(results, "fastcontrast")[field] = value
+    changes = comparison.compare(old, results)
+    assert [c["verdicts"] for c in changes if c["verdicts"]] == ([[verdict]] if verdict else [])
+    assert (verdict or "0 changed beyond noise") in comparison.text(changes)
+    assert comparison.is_worse(changes) == (verdict in ("more memory", "larger error"))
+
+
+@pytest.mark.parametrize("provider", ["fastcontrast", "torch eager"])
+def test_what_is_gone_is_a_change(results, provider):
+    old = copy.deepcopy(results)
+    results["rows"] = [row for row in results["rows"] if row["provider"] != provider]
+    changes = comparison.compare(old, results)
+    assert f"no longer measured  {provider}" in comparison.text(changes)
+    assert comparison.is_worse(changes) == (provider == "fastcontrast")
+    assert "1 no longer made" in comparison.text(changes)
+    assert not any(c["verdicts"] for c in comparison.compare(old, results, ("losses",)))
+
+
+def test_a_slower_peer_is_its_own_affair(results):
+    old = copy.deepcopy(results)
+    row = _row(results, "torch eager")
+    row.update(minimum=99 * row["median"], median=99 * row["median"])
+    changes = comparison.compare(old, results)
+    assert changes[0]["verdicts"] == ["slower"]
+    assert not comparison.is_worse(changes)
 
 
 def test_what_no_longer_runs_is_a_change(results):
     old = copy.deepcopy(results)
     _row(results, "fastcontrast").update(status="failed", reason="broken")
-    first = record.compare(old, results)[0]
-    assert (first["provider"], first["verdict"]) == ("fastcontrast", "now failed")
-    assert "now failed" in record.comparison_text(record.compare(old, results))
+    changes = comparison.compare(old, results)
+    assert (changes[0]["provider"], changes[0]["verdicts"]) == ("fastcontrast", ["now failed"])
+    assert "now failed" in comparison.text(changes)
+    assert comparison.is_worse(changes)
 
 
 def test_compare_says_it_by_the_exit_code(finished, results, tmp_path, capsys):
@@ -243,6 +286,10 @@ def test_the_limit_is_the_slowest_unit():
     assert limits.limit_of(Work(200, 2000), facts, rates) == {"seconds": 400.0, "by": "bytes"}
     threefold = facts | {"precision": "bf16x3"}
     assert limits.limit_of(Work(200, 20), threefold, rates)["seconds"] == 1.5
+    slow = rates | {"operations": {"float32": 100.0, "bfloat16": 10.0}}  # no unit for bfloat16
+    assert limits.limit_of(Work(200, 20), threefold, slow)["seconds"] == 2.0
+    disturbed = rates | {"bytes": {"10": 1.0, "1000": 5.0}}
+    assert limits.limit_of(Work(0, 20), facts, disturbed)["seconds"] == 4.0
     gpu = rates | {"specials": 1.0}
     assert limits.limit_of(Work(200, 20, 7), facts, gpu)["by"] == "special functions"
 

@@ -6,11 +6,12 @@ import re
 
 import pytest
 
-from benchmarks import plots, record
+from benchmarks import limits, plots, record
+from benchmarks.cases import all_cases, case_of
 from benchmarks.processes import ROOT
 
 README = (ROOT / "README.md").read_text()
-QUOTED = record.read(ROOT / "benchmarks" / "results" / "cpu" / "bench.json")
+QUOTED = limits.with_limits(record.read(ROOT / "benchmarks" / "results" / "cpu" / "bench.json"))
 NAMES = {"`torch.compile` of eager": "torch.compile"} | {
     "torch, checkpointed by blocks of rows": "torch checkpoint"
 }
@@ -37,9 +38,10 @@ def test_readme_tells_the_memory_of_the_record(word, provider):
 def test_readme_has_the_table_of_the_record():
     table = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d,]+) MiB \|$", README, re.M)
     assert len(table) == 6
-    for name, seconds, _, memory in table:
+    for name, seconds, ratio, memory in table:
         row = _quoted_row(NAMES.get(name, name))
         assert float(seconds) == pytest.approx(row["minimum"], rel=5e-3)
+        assert float(ratio) == pytest.approx(row["ratio"], abs=6e-3)
         assert memory == f"{row['peak_bytes'] / 2**20:,.0f}"
 
 
@@ -53,3 +55,26 @@ def test_every_case_has_its_bar():
             drawn += [label.get_text() for label in figure.axes[0].get_yticklabels()]
         assert len(drawn) == len(names)
         assert set(drawn) == names
+
+
+def test_nothing_is_beyond_the_machine():
+    found = {(r["name"], r["provider"]): r["ratio"] for r in plots.measured(QUOTED["rows"])}
+    assert max(found.values()) < 1.02, max(found, key=lambda name: found[name])
+    # The run's one product at the start was slower than its controls.
+    rates = record.read(ROOT / "benchmarks" / "results" / "cpu" / "bench.json")["rates"]
+    for name, rate in rates["operations"].items():
+        assert QUOTED["rates"]["operations"][name] >= rate
+
+
+def test_rates_are_the_highest_of_both():
+    one = {"operations": {"float32": 2.0}, "bytes": {"10": 1.0}, "specials": None}
+    other = {"operations": {"float32": 1.0, "tf32": 5.0}, "bytes": {"9": 3.0}, "specials": None}
+    best = {"operations": {"tf32": 5.0, "float32": 2.0}, "bytes": {"9": 3.0, "10": 1.0}}
+    assert limits.best_of(one, other) == best | {"specials": None}
+
+
+def test_controls_count_as_what_they_do():
+    for job in ("losses", "patches", "triplet", "train"):
+        case = case_of(all_cases(job, True, "cpu", [8])[0])
+        work = case.control_work()
+        assert (work.flops > 0) != (work.bytes > 0)
