@@ -341,6 +341,11 @@ def test_adapters_compute_the_same_job(job):
     assert done.returncode == 0, done.stderr
 
 
+def test_every_recipe_has_its_step():
+    kinds = {facts["kind"] for facts in all_cases("train", True, "cpu")}
+    assert kinds == set(cli.RECIPES)
+
+
 @pytest.mark.parametrize("job", MODULES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_cases_are_what_their_facts_say(job, device):
