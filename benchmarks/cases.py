@@ -90,6 +90,10 @@ class Case(ABC):
         precision = self.facts.get("precision", "auto") if provider == OURS else "auto"
         return max(ALLOWED[self.facts["dtype"]], PRECISIONS[precision])
 
+    def remark(self, provider: str) -> str:
+        """How a provider's job differs from ours where `errors` cannot tell; or empty."""
+        return ""
+
     @abstractmethod
     def smaller(self) -> Case:
         """A case that loads the same libraries and costs little."""

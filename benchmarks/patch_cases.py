@@ -212,6 +212,14 @@ class PatchCase(Case):
         upstream = torch.randn(patches.shape, generator=generator(1, self.device), device=x.device)
         return torch.autograd.grad(patches, x, upstream.double())[0]
 
+    def remark(self, provider: str) -> str:
+        if provider in OWN_DRAWS:
+            floats = ", of float images" if provider.startswith("kornia") else ""
+            return f"draws its own crops{floats}: shape and range are checked, not pixels"
+        if provider == TRITON_AUGMENT:
+            return "takes a float image for every patch"
+        return ""
+
     def smaller(self) -> Case:
         return PatchCase(self.facts | {"batch": min(self.batch, 4)})
 

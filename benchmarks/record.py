@@ -1,9 +1,9 @@
 """The record of a run: one JSON file, written after every case, read by report and comparison.
 
 ``schema``, ``command``, ``environment``, ``elapsed_seconds`` (of all parts of the run together),
-``rates`` (limits.py), and ``rows``: one for every case
-and provider. A row that was measured has ``status`` "ok"; "skipped", "failed", "out of memory"
-and "differs" (another job) have a ``reason``.
+``rates`` (limits.py), and ``rows``: one for every case and provider. A row that was measured has
+``status`` "ok", and may have a ``remark``; "skipped", "failed", "out of memory" and "differs"
+(another job) have a ``reason``.
 """
 
 from __future__ import annotations

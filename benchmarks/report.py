@@ -70,7 +70,7 @@ def cells(row: Row) -> list[str]:
     """A row of the table, as COLUMNS."""
     if row["status"] != "ok":
         return [row["provider"], "–", "–", "–", "–", "–", f"{row['status']}: {row['reason']}"]
-    remarks = []
+    remarks = [row["remark"]] if row.get("remark") else []
     if len(row["seconds"]) == 1:
         remarks.append("one call")
     if row["outliers"]:

@@ -202,7 +202,7 @@ class Run:
             return {"status": "differs", "reason": reason, "error": found["errors"]}
         return {
             "status": "ok", "version": version, "peak_bytes": found["peak_bytes"],
-            "error": found["errors"], "once": found["seconds"],
+            "error": found["errors"], "once": found["seconds"], "remark": case.remark(provider),
         }  # fmt: skip
 
     def _predicted(self, case: Case, provider: str) -> float:

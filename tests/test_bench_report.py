@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import limits, plots, record
+from benchmarks import limits, patch_cases, plots, record, report
 from benchmarks.cases import all_cases, case_of
 from benchmarks.processes import ROOT
 
@@ -78,3 +78,15 @@ def test_controls_count_as_what_they_do():
         case = case_of(all_cases(job, True, "cpu", [8])[0])
         work = case.control_work()
         assert (work.flops > 0) != (work.bytes > 0)
+
+
+@pytest.mark.parametrize("provider", patch_cases.OWN_DRAWS)
+def test_who_draws_its_own_crops_says_so_in_its_row(provider):
+    facts = next(
+        f for f in all_cases("patches", False, "cpu") if provider in patch_cases.KINDS[f["kind"]]
+    )
+    remark = case_of(facts).remark(provider)
+    assert "its own crops" in remark
+    row = next(r for r in QUOTED["rows"] if r["provider"] == provider and r["status"] == "ok")
+    assert remark in report.cells(row | {"remark": remark})[-1]
+    assert not case_of(facts).remark("fastcontrast")
