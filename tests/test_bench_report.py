@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import limits, patch_cases, plots, record, report
+from benchmarks import limits, patch_cases, peers, plots, record, report
 from benchmarks.cases import all_cases, case_of
 from benchmarks.processes import ROOT
 
@@ -90,3 +90,18 @@ def test_who_draws_its_own_crops_says_so_in_its_row(provider):
     row = next(r for r in QUOTED["rows"] if r["provider"] == provider and r["status"] == "ok")
     assert remark in report.cells(row | {"remark": remark})[-1]
     assert not case_of(facts).remark("fastcontrast")
+
+
+def test_every_peer_of_a_cpu_can_be_installed():
+    extras = (ROOT / "pyproject.toml").read_text()
+    bench = extras[extras.index("\nbench = [") :].split("]", 1)[0]
+    alone = re.search(
+        r"pip install --no-deps (.+)`", (ROOT / "docs" / "performance.md").read_text()
+    )
+    assert alone is not None
+    assert alone[0].strip("`") in extras  # the comment there says the same
+    wanted = {p.distribution for p in peers.PROVIDERS.values() if not p.needs_cuda}
+    wanted |= set(patch_cases.PatchCase.distributions.values()) - {patch_cases.TRITON_AUGMENT}
+    for name in wanted - {"torch", "fastcontrast"}:
+        named = name.replace("_", "-") in bench.replace("_", "-")
+        assert named or f"{name}==" in alone[1], name
