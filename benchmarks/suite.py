@@ -12,7 +12,9 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from benchmarks import comparison, measure, record
@@ -268,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(arguments)
     try:
+        report = _report()
         unknown = [
             n for n in options.peers or () if not any(n.lower() in p.lower() for p in _names())
         ]
@@ -280,8 +283,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = None if options.job == "all" else (options.job,)
         changes = comparison.compare(old, found, jobs) if old else []
         said = comparison.text(changes) if old else ""
-        from benchmarks import report  # needs matplotlib, which measuring does not
-
         written = report.write(found, options.out, said)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"fastcontrast: {error}", file=sys.stderr)
@@ -292,6 +293,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if said:
         print("\n" + said)
     return int(comparison.is_worse(changes))
+
+
+def _report() -> ModuleType:
+    """The part that draws, before anything is measured: its library is one that can be missing."""
+    try:
+        return import_module("benchmarks.report")
+    except ImportError as error:
+        wanted = 'the report needs matplotlib: pip install -e ".[bench]"'
+        raise ImportError(f"{wanted} ({error})") from None
 
 
 def _names() -> list[str]:

@@ -365,6 +365,17 @@ def test_a_peer_that_nobody_knows(capsys, tmp_path):
     assert "no peer 'no-such'; there are fastcontrast" in capsys.readouterr().err
 
 
+def test_without_matplotlib_nothing_is_measured(monkeypatch, capsys, tmp_path):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("report", "plots"):  # as in a process that has not imported them yet
+        monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
+        monkeypatch.delattr(f"benchmarks.{name}", raising=False)
+    assert suite.main(["memory", "--quick", "--sizes", "4", "--out", str(tmp_path / "out")]) == 2
+    assert "the report needs matplotlib" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_clone(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "fastcontrast" / "cli.py"))
     monkeypatch.chdir(tmp_path)
