@@ -2,8 +2,8 @@
 
 ``schema``, ``command``, ``environment``, ``elapsed_seconds`` (of all parts of the run together),
 ``rates`` (limits.py), and ``rows``: one for every case and provider. A row that was measured has
-``status`` "ok", and may have a ``remark``; "skipped", "failed", "out of memory" and "differs"
-(another job) have a ``reason``.
+``status`` "ok", ``once`` (seconds in a process of its own) and maybe a ``remark``; "skipped",
+"failed", "out of memory" and "differs" (another job) have a ``reason``.
 """
 
 from __future__ import annotations

@@ -183,11 +183,16 @@ class Run:
         version = case.version(provider)
         if version is None:
             return {"status": "skipped", "reason": record.NOT_INSTALLED}
-        needs = case.needs(provider)
+        if case.job_name == "memory":
+            known = self._measured_as("losses", case, provider)
+            if known:
+                return known
+        fewer = self._fewer_rows(case, provider)
+        needs = fewer["peak_bytes"] * fewer["more"] if fewer else case.needs(provider)
         if free and needs > FREE_SHARE * free:
             reason = f"needs about {needs / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free"
             return {"status": "skipped", "reason": reason}
-        predicted = 0.0 if provider == OURS else self._predicted(case, provider)
+        predicted = fewer["minimum"] * fewer["more"] if fewer and provider != OURS else 0.0
         if predicted > PREDICTED_LIMIT[self.length]:
             reason = f"a call would take about {predicted:.0f} s, by what fewer rows took"
             return {"status": "skipped", "reason": reason}
@@ -207,8 +212,17 @@ class Run:
             "error": found["errors"], "once": found["seconds"], "remark": case.remark(provider),
         }  # fmt: skip
 
-    def _predicted(self, case: Case, provider: str) -> float:
-        """Seconds of a call by the largest measured case of fewer rows: their square counts."""
+    def _measured_as(self, job: str, case: Case, provider: str) -> dict[str, Any] | None:
+        """What another job has found of the same case in a process of its own."""
+        facts = case.facts | {"job": job}
+        for row in self.record["rows"]:
+            if row["case"] == facts and row["provider"] == provider and "once" in row:
+                names = ("status", "version", "peak_bytes", "error", "once", "remark")
+                return {name: row[name] for name in names}
+        return None
+
+    def _fewer_rows(self, case: Case, provider: str) -> dict[str, Any] | None:
+        """The largest measured case of fewer rows, and by how much more there is to do."""
         facts = {k: v for k, v in case.facts.items() if k not in ("job", "rows")}
         rows = case.facts.get("rows", 0)
         fewer = [
@@ -220,9 +234,9 @@ class Run:
             and {k: v for k, v in row["case"].items() if k not in ("job", "rows")} == facts
         ]
         if not fewer:
-            return 0.0
+            return None
         nearest = max(fewer, key=lambda row: row["case"]["rows"])
-        return nearest["minimum"] * (rows / nearest["case"]["rows"]) ** 2
+        return nearest | {"more": (rows / nearest["case"]["rows"]) ** 2}
 
     def _times(self, case: Case, rows: dict[str, Any], timed: list[str]) -> None:
         """Times of those that are repeated, and of the others the one that there is."""
@@ -240,10 +254,9 @@ class Run:
                     reason = found["reasons"].get(provider, answer.get("reason", ""))
                     rows[provider] |= {"status": "failed", "reason": reason}
         for row in rows.values():
-            once = row.pop("once", None)
             if row["status"] == "ok":
                 if "minimum" not in row:
-                    row |= measure.figures([once])
+                    row |= measure.figures([row["once"]])
                 row["control"] = control
 
     def _say(self, case: Case, rows: dict[str, Any], seconds: float) -> None:

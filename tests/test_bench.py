@@ -127,6 +127,36 @@ def test_a_peer_that_fewer_rows_show_to_be_slow_is_a_row(finished, tmp_path, mon
     assert "by what fewer rows took" in found["torch eager", 24]["reason"]
 
 
+def test_memory_is_predicted_by_fewer_rows(finished, tmp_path, monkeypatch):
+    """Not by a count of matrices that would be too many here."""
+    large = peers.PROVIDERS["is large"]._replace(distribution="torch")
+    flags = ["--quick", "--device", "cpu", "--threads", "1", "--peers", "torch eager"]
+    assert suite.main(["memory", *flags, "--sizes", "16", "--out", str(tmp_path)]) == 0
+    monkeypatch.setitem(peers.PROVIDERS, "torch eager", large)
+    assert suite.main(["memory", *flags, "--sizes", "24", "--out", str(tmp_path)]) == 0
+    assert [r["status"] for r in record.read(tmp_path / suite.FILE)["rows"]] == ["ok"] * 4
+
+    found = record.read(tmp_path / suite.FILE)
+    for row in found["rows"]:
+        if row["provider"] == "torch eager":
+            row["peak_bytes"] = 1 << 50
+    record.save(found, tmp_path / suite.FILE)
+    assert suite.main(["memory", *flags, "--sizes", "32", "--out", str(tmp_path)]) == 0
+    last = record.read(tmp_path / suite.FILE)["rows"][-1]
+    assert "GiB that are free" in last["reason"]
+
+
+def test_the_memory_job_takes_over_what_the_losses_have_measured(results, tmp_path):
+    for row in results["rows"]:
+        row |= {"job": "losses", "case": row["case"] | {"job": "losses"}}
+        row |= {"peak_bytes": 12345} if row["status"] == "ok" else {}
+    record.save(results, tmp_path / suite.FILE)
+    assert _bench(tmp_path) == 0
+    rows = [r for r in record.read(tmp_path / suite.FILE)["rows"] if r["job"] == "memory"]
+    assert [r["peak_bytes"] for r in rows if r["status"] == "ok"] == [12345] * 2
+    assert {r["provider"] for r in rows} == {r["provider"] for r in results["rows"]}
+
+
 def test_no_case_begins_when_the_time_is_up(results, tmp_path):
     record.save(results | {"rows": []}, tmp_path / suite.FILE)
     assert _bench(tmp_path, "--seconds", "0") == 0
@@ -339,6 +369,17 @@ def test_adapters_compute_the_same_job(job):
         capture_output=True, text=True, cwd=processes.ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_losses_are_run_under_the_headline_metric():
+    found = [f for f in all_cases("losses", False, "cpu") if f["metric"] == "l2"]
+    kinds = set(peers.KINDS) - set(peers.FORWARD)
+    assert {f["kind"] for f in found} == kinds
+    assert {f["dtype"] for f in found} == {"float32", "bfloat16", "float16"}
+    for rows in (1024, 4096):  # dimensions at more than one size
+        assert {f["dim"] for f in found if f["rows"] == rows} >= {64, 128, 1024}
+    forward = {f["kind"] for f in all_cases("patches", False, "cpu")}
+    assert {"of maps", "backward"} <= forward
 
 
 def test_every_recipe_has_its_step():
