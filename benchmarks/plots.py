@@ -18,10 +18,10 @@ SIZE = (5.6, 4.2)  # inches: labels stay readable across a phone
 INK = "#17202a"  # of text and axes; on the page it follows the page's own colour
 LIMIT = "#8a8a8a"
 OURS_COLOR = "#2f81c7"
-PEER_COLOR = "#d9822b"
+PEER_COLOR = "#d4772a"
 # Of peers, in the order in which a record names them; readable on white and on black.
 COLORS = (
-    "#d9822b", "#3f9f5f", "#c94f5d", "#9a6fd0", "#8c7355", "#d667a8", "#5fa3a3", "#a3a33f"
+    "#d4772a", "#3f9f5f", "#c94f5d", "#9a6fd0", "#8c7355", "#d667a8", "#4d9494", "#8f8f2f"
 )  # fmt: skip
 MARKERS = "s^vDPX*<"
 BARS = 20  # cases in one picture of bars, at most

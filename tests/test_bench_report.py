@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import limits, patch_cases, peers, plots, record, report
+from benchmarks import limits, numerics, patch_cases, peers, plots, record, report
 from benchmarks.cases import all_cases, case_of
 from benchmarks.processes import ROOT
 
@@ -105,3 +105,21 @@ def test_every_peer_of_a_cpu_can_be_installed():
     for name in wanted - {"torch", "fastcontrast"}:
         named = name.replace("_", "-") in bench.replace("_", "-")
         assert named or f"{name}==" in alone[1], name
+
+
+def _contrast(one, other):
+    """WCAG 2's ratio of luminances."""
+    light = []
+    for color in (one, other):
+        srgb = [int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in srgb]
+        light.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+    return max(light) / min(light)
+
+
+@pytest.mark.parametrize("paper", ["#ffffff", "#14181c"])
+def test_lines_stand_out_from_light_and_dark_pages(paper):
+    assert paper.replace("#ffffff", "#fff") in report.STYLE
+    colors = [*plots.COLORS, plots.OURS_COLOR, plots.PEER_COLOR, plots.LIMIT]
+    colors += [color for color, _, _ in numerics.STYLES.values()]
+    assert {c: _contrast(c, paper) for c in colors if _contrast(c, paper) < 3} == {}
