@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from importlib import import_module
@@ -30,6 +31,26 @@ ONCE = {"quick": 4.0, "full": 5.0}
 PREDICTED_LIMIT = {"quick": 4.0, "full": 60.0}
 CALL_LIMIT = {"quick": 60.0, "full": 400.0}  # seconds until a measurement is ended
 CASE_LIMIT = 900.0
+EPILOG = """\
+jobs:
+  losses   pairwise losses, forward and backward, over rows, dimensions, metrics, dtypes, kinds
+  patches  random patches cut and resized, of maps, and gradients of images
+  triplet  triplet losses, forward and backward
+  train    one step of each recipe
+  memory   peak memory over rows, until matrices no longer fit
+  all      all of these
+
+peers, timed where they are installed (pip install -e ".[bench]"; docs/performance.md):
+{peers}
+
+A run that was ended goes on with the same flags.
+
+exit codes:
+  0  done
+  1  --compare found a row of fastcontrast that is slower, takes more memory or has a larger error
+     beyond noise, is now skipped or failed, or is no longer measured
+  2  wrong use, or nothing could be measured or written
+"""
 OUT = Path("build/bench")
 FILE = "bench.json"
 
@@ -39,14 +60,18 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         prog="fastcontrast bench",
         description="Time, memory and error of the project and of every peer that is installed.",
-        epilog="A run that was ended goes on with the same flags. Exit code 1: --compare found "
-        "something slower beyond noise.",
+        epilog=EPILOG.format(peers=_wrapped(_names()[1:])),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument("job", nargs="?", default="all", choices=[*JOBS, "all"])
-    flags.add_argument("--peers", nargs="+", metavar="NAME", help="these alone, beside ours")
+    flags.add_argument("job", nargs="?", default="all", choices=[*JOBS, "all"], help="see below")
+    flags.add_argument(
+        "--peers", nargs="+", metavar="NAME", help="these alone, by any part of their names"
+    )
     flags.add_argument("--quick", action="store_true", help="few cases, under five minutes")
     flags.add_argument("--out", type=Path, default=OUT, help=f"folder (default: {OUT})")
-    flags.add_argument("--compare", type=Path, metavar="OLD.json", help="what changed since")
+    flags.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="what changed since, with the same flags"
+    )
     flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     flags.add_argument("--threads", type=int, default=2, help="of torch on CPU (default: 2)")
     flags.add_argument("--seconds", type=float, help="begin no further case after so many")
@@ -132,7 +157,7 @@ class Run:
     def _rates(self) -> dict[str, Any]:
         print("measuring the machine: products, copies", flush=True)
         answer = self.clocks.ask(
-            "rates", 300, device=self.device, quick=self.options.quick,
+            "rates", CASE_LIMIT, device=self.device, quick=self.options.quick,
             threads=self.options.threads,
         )  # fmt: skip
         if answer["status"] != "ok":
@@ -308,6 +333,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(comparison.is_worse(changes))
 
 
+def _wrapped(names: list[str]) -> str:
+    return textwrap.fill(
+        "; ".join(names), 96, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
+
+
 def _report() -> ModuleType:
     """The part that draws, before anything is measured: its library is one that can be missing."""
     try:
@@ -323,7 +354,8 @@ def _names() -> list[str]:
 
 
 def _providers(job: str) -> set[str]:
-    return {p for facts in all_cases(job, True, "cpu") for p in case_of(facts).providers()}
+    found = [f for device in ("cpu", "cuda") for f in all_cases(job, True, device)]
+    return {p for facts in found for p in case_of(facts).providers()}
 
 
 if __name__ == "__main__":

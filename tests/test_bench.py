@@ -430,3 +430,12 @@ def test_the_command_hands_over_to_the_clone(tmp_path):
         capture_output=True, text=True, cwd=tmp_path, check=True,
     )  # fmt: skip
     assert "--compare OLD.json" in done.stdout
+    said = " ".join(done.stdout.split())  # names run on over the lines
+    for word in (
+        *suite.JOBS,
+        *peers.PROVIDERS,
+        "kornia, slice",
+        "triton-augment",
+        "now skipped or failed",
+    ):
+        assert word in said
