@@ -22,7 +22,7 @@ from benchmarks import comparison, measure, record
 from benchmarks.cases import UNTIMED, Case, all_cases, case_of
 from benchmarks.limits import best_of, limit_of
 from benchmarks.peers import OURS, PROVIDERS
-from benchmarks.processes import FREE_SHARE, Measurer
+from benchmarks.processes import CUT_SHORT, FREE_SHARE, Measurer
 
 JOBS = ("losses", "patches", "triplet", "train", "memory")
 # A call that takes longer in the process that measures its memory is not repeated.
@@ -31,6 +31,7 @@ ONCE = {"quick": 4.0, "full": 5.0}
 PREDICTED_LIMIT = {"quick": 4.0, "full": 60.0}
 CALL_LIMIT = {"quick": 60.0, "full": 400.0}  # seconds until a measurement is ended
 CASE_LIMIT = 900.0
+LAST_CASE = 20.0  # seconds after --seconds at which the last case is ended
 EPILOG = """\
 jobs:
   losses   pairwise losses, forward and backward, over rows, dimensions, metrics, dtypes, kinds
@@ -92,9 +93,10 @@ class Run:
         self.pace = list(pace._replace(threads=options.threads))
         self.path = options.out / FILE
         self.measured = False
+        self.record: dict[str, Any] = {}
 
-    def measure(self) -> dict[str, Any]:
-        """Run what is not in the record yet; the record."""
+    def measure(self) -> None:
+        """Run what is not in the record yet."""
         self.options.out.mkdir(parents=True, exist_ok=True)
         with Measurer(returning=True) as peaks, Measurer(returning=False) as clocks:
             self.peaks, self.clocks = peaks, clocks
@@ -106,19 +108,25 @@ class Run:
                 for case in all_cases(job, self.options.quick, self.device, self.options.sizes):
                     if self._out_of_time():
                         print("the time is up; the same command without --seconds goes on")
-                        return self.record
+                        return
                     self._case(case_of(case))
                 if job == "losses":
                     self._numerics()
             if self.measured:  # the machine may have been busy before, or be so now
                 self.record["rates"] = best_of(self.record["rates"], self._rates())
                 self._save()
-        return self.record
 
     def _save(self) -> None:
         seconds = time.monotonic() - self.started
         self.record["elapsed_seconds"] = round(self.elapsed_before + seconds, 1)
         record.save(self.record, self.path)
+
+    def _within(self, limit: float) -> float:
+        """A measurement's limit, so that the last case ends soon after --seconds."""
+        if self.options.seconds is None:
+            return limit
+        left = self.options.seconds + LAST_CASE - (time.monotonic() - self.started)
+        return min(limit, max(left, 1.0))
 
     def _out_of_time(self) -> bool:
         seconds = self.options.seconds
@@ -169,7 +177,7 @@ class Run:
         if "numerics" in self.record:
             return
         print("errors over pair distance and temperature", flush=True)
-        answer = self.clocks.ask("numerics", CASE_LIMIT)
+        answer = self.clocks.ask("numerics", self._within(CASE_LIMIT))
         if answer["status"] == "ok":
             self.record["numerics"] = answer["result"]
             self._save()
@@ -194,6 +202,8 @@ class Run:
             once = ONCE[self.length]
             timed = [p for p, r in rows.items() if r["status"] == "ok" and r["once"] <= once]
         self._times(case, rows, timed)
+        if self._out_of_time():  # what was cut short is measured when the run goes on
+            rows = {p: row for p, row in rows.items() if CUT_SHORT not in row.get("reason", "")}
         self.measured = True
         self.record["rows"] += rows.values()
         self._save()
@@ -222,8 +232,9 @@ class Run:
             reason = f"a call would take about {predicted:.0f} s, by what fewer rows took"
             return {"status": "skipped", "reason": reason}
         answer = self.peaks.ask(
-            "peak", CALL_LIMIT[self.length], facts=case.facts, provider=provider, pace=self.pace
-        )
+            "peak", self._within(CALL_LIMIT[self.length]), facts=case.facts, provider=provider,
+            pace=self.pace,
+        )  # fmt: skip
         if answer["status"] != "ok":
             return answer
         found = answer["result"]
@@ -268,7 +279,7 @@ class Run:
         control: dict[str, Any] = {}
         if timed:
             answer = self.clocks.ask(
-                "times", CASE_LIMIT, facts=case.facts, providers=timed, pace=self.pace
+                "times", self._within(CASE_LIMIT), facts=case.facts, providers=timed, pace=self.pace
             )
             found = answer.get("result", {"seconds": {}, "reasons": {}, "control": {}})
             control = found["control"]
@@ -317,11 +328,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads < 1 or any(m < 2 for m in options.sizes or ()):
             raise ValueError("--threads is 1 or more, --sizes are 2 or more")
         old = record.read(options.compare) if options.compare else None
-        found = Run(options, shlex.join(["fastcontrast", "bench", *arguments])).measure()
-        jobs = None if options.job == "all" else (options.job,)
-        changes = comparison.compare(old, found, jobs) if old else []
-        said = comparison.text(changes) if old else ""
-        written = report.write(found, options.out, said)
+        run = Run(options, shlex.join(["fastcontrast", "bench", *arguments]))
+        changes, said, written = [], "", []
+        try:
+            run.measure()
+        finally:  # a run that fails or is interrupted leaves a page of what it had
+            found = run.record
+            if found:
+                jobs = None if options.job == "all" else (options.job,)
+                changes = comparison.compare(old, found, jobs) if old else []
+                said = comparison.text(changes) if old else ""
+                written = report.write(found, options.out, said)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"fastcontrast: {error}", file=sys.stderr)
         return 2

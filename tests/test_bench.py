@@ -127,6 +127,37 @@ def test_a_peer_that_fewer_rows_show_to_be_slow_is_a_row(finished, tmp_path, mon
     assert "by what fewer rows took" in found["torch eager", 24]["reason"]
 
 
+def test_the_last_case_ends_soon_after_the_time(results, tmp_path, monkeypatch):
+    """What it cuts short is no row, and is measured when the run goes on."""
+    monkeypatch.setattr(suite, "CALL_LIMIT", {"quick": 60.0, "full": 60.0})
+    monkeypatch.setattr(suite, "LAST_CASE", 4.0)
+    record.save(results | {"rows": []}, tmp_path / suite.FILE)
+    original = suite.Run._case
+    monkeypatch.setattr(suite.Run, "_out_of_time", lambda run: hasattr(run, "begun"))
+
+    def case(run, found):
+        run.begun = True
+        original(run, found)
+
+    monkeypatch.setattr(suite.Run, "_case", case)
+    assert _bench(tmp_path, "--seconds", "1") == 0
+    found = {r["provider"] for r in record.read(tmp_path / suite.FILE)["rows"]}
+    assert "hangs" not in found
+    assert "fastcontrast" in found
+
+
+def test_a_run_that_fails_leaves_its_page(finished, results, tmp_path, monkeypatch, capsys):
+    record.save(results, tmp_path / suite.FILE)
+
+    def fails(run, case):
+        raise RuntimeError("the measuring process has ended")
+
+    monkeypatch.setattr(suite.Run, "_case", fails)
+    assert _bench(tmp_path) == 2
+    assert "the measuring process has ended" in capsys.readouterr().err
+    assert "torch eager" in (tmp_path / "bench.html").read_text()
+
+
 def test_memory_is_predicted_by_fewer_rows(finished, tmp_path, monkeypatch):
     """Not by a count of matrices that would be too many here."""
     large = peers.PROVIDERS["is large"]._replace(distribution="torch")
