@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import html
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from benchmarks import plots
 from benchmarks.limits import with_limits
 from benchmarks.measure import DRIFT
-from benchmarks.record import NOT_INSTALLED
+from benchmarks.record import NOT_INSTALLED, read
 
 Row = dict[str, Any]
 COLUMNS = ("provider", "ms", "median", "limit ÷ time", "MiB", "error", "remarks")
@@ -224,3 +225,16 @@ def write(record: Row, folder: Path, changes: str = "") -> list[Path]:
         path.write_text(text)
         written.append(path)
     return written
+
+
+def main() -> None:
+    """Write page, table and pictures of the record in a folder again."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="with the bench.json of a run")
+    folder = parser.parse_args().folder
+    for path in write(read(folder / "bench.json"), folder):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -188,7 +188,7 @@ class Run:
         """Measure one case and write the record."""
         known = {record.key_of(row) for row in self.record["rows"]}
         wanted = [p for p in case.providers() if p == OURS or self._asked(p)]
-        blank = {"job": case.job_name, "name": case.name, "case": case.facts}
+        blank: dict[str, Any] = {"job": case.job_name, "name": case.name, "case": case.facts}
         rows = {p: blank | {"provider": p} for p in wanted}
         rows = {p: row for p, row in rows.items() if record.key_of(row) not in known}
         if not rows:
