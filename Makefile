@@ -53,7 +53,7 @@ lint: $(VENV)/installed-dev  ## check style and types, without changing a file
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 # Of the machine's own interpreter: torch with CUDA is there, and nothing can be installed.
-gpu:  ## on a machine with a GPU: build, tests, sanitizers and timings there, in nine minutes
+gpu:  ## on a machine with a GPU: build, tests, timings, benchmark and sanitizers there, in nine minutes
 	$(PYTHON) -m benchmarks.gpu_gate
 
 install: $(VENV)/installed-dev  ## make the environment for development, and nothing else

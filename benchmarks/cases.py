@@ -15,9 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.peers import version
+from benchmarks.peers import OURS, version
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Largest relative errors of a loss and its gradients: peers round their scores to the dtype, ...
+ALLOWED = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+# ... and products of rounded points carry their rounding into scores of a few units.
+PRECISIONS = {"auto": 0.0, "ieee": 0.0, "tf32": 5e-3, "bf16": 2e-2, "bf16x3": 0.0}
 Call = Callable[[], Any]
 
 
@@ -74,13 +78,21 @@ class Case(ABC):
         """What is timed beside them."""
 
     @abstractmethod
+    def control_work(self) -> Work:
+        """What one call of the control does: products, or bytes alone."""
+
+    @abstractmethod
     def errors(self, provider: str) -> dict[str, float]:
         """Errors against float64 by name; beyond `allowed`, it is another job."""
 
-    @property
-    def allowed(self) -> float:
-        """Largest error of one and the same job."""
-        return 5e-2 if self.facts["dtype"] == "bfloat16" else 1e-3
+    def allowed(self, provider: str) -> float:
+        """Largest error of one and the same job; the precision of products is an option of ours."""
+        precision = self.facts.get("precision", "auto") if provider == OURS else "auto"
+        return max(ALLOWED[self.facts["dtype"]], PRECISIONS[precision])
+
+    def remark(self, provider: str) -> str:
+        """How a provider's job differs from ours where `errors` cannot tell; or empty."""
+        return ""
 
     @abstractmethod
     def smaller(self) -> Case:

@@ -1,9 +1,9 @@
 """One command for a machine with a GPU: ``make gpu``.
 
 ``python -m benchmarks.gpu_gate [FOLDER]`` builds the native module with nvcc, runs the conformance
-suite and the GPU tests on the device, the timings, compute-sanitizer on small cases, and what fits
-of the benchmark (benchmarks/suite.py; its page is in FOLDER/bench), within
-nine minutes and without a package registry. Results go to FOLDER/gpu_gate.json (default:
+suite and the GPU tests on the device, the timings, what fits of the benchmark
+(benchmarks/suite.py; its page is in FOLDER/bench) and compute-sanitizer on small cases, within nine
+minutes and without a package registry. Results go to FOLDER/gpu_gate.json (default:
 build/gpu_gate) after every step, so that a run that is cut short leaves what it had. Needs torch
 with CUDA, nvcc, CMake, pybind11, pytest and hypothesis. The exit status is 0 where every step
 passed, or says why it could not run.
@@ -25,7 +25,11 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 520  # seconds in all, under nine minutes with what starts and ends the process
+BENCH = 150  # of them are the benchmark's, whatever the steps before it take
 LAST_CASE = 45  # seconds that the benchmark's last case and its report may take
+SANITIZING = (
+    60  # seconds that the benchmark leaves to the sanitizers where there is more than BENCH
+)
 TAIL = 4000  # characters of a step's output that are kept
 # A small case of each kernel in every dtype, for the sanitizers, which make kernels 10 to 100
 # times slower; the conformance suite has the rest.
@@ -40,6 +44,7 @@ class Gate:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.start = folder, time.monotonic()
         self.steps: dict[str, dict[str, Any]] = {}
+        self.reserved = BENCH
         self.env = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
 
     def left(self) -> float:
@@ -48,7 +53,7 @@ class Gate:
 
     def run(self, name: str, command: list[str], limit: float, **env: str) -> bool:
         """Run one step for ``limit`` seconds at most; whether it ended well."""
-        limit = min(limit, self.left())
+        limit = min(limit, self.left() - self.reserved)
         started = time.monotonic()
         print(f"=== {name}: {' '.join(command)}", flush=True)
         step: dict[str, Any] = {"command": command}
@@ -185,8 +190,9 @@ def sanitize(gate: Gate, tool: str) -> bool:
 
 def bench(gate: Gate) -> bool:
     """The benchmark's quick cases in the time that is left; its record is written as it goes."""
-    seconds = gate.left() - LAST_CASE
-    flags = ["--quick", "--device", "cuda", "--seconds", f"{seconds:.0f}"]
+    gate.reserved = 0
+    limit = max(gate.left() - SANITIZING, min(BENCH, gate.left()))
+    flags = ["--quick", "--device", "cuda", "--seconds", f"{limit - LAST_CASE:.0f}"]
     command = [
         sys.executable,
         "-m",
@@ -195,7 +201,15 @@ def bench(gate: Gate) -> bool:
         "--out",
         str(gate.folder / "bench"),
     ]
-    return gate.run("bench", command, gate.left())
+    return gate.run("bench", command, limit)
+
+
+def page(gate: Gate) -> None:
+    """The page of a benchmark that was ended before it wrote its own."""
+    out = gate.folder / "bench"
+    if (out / "bench.json").exists() and not (out / "bench.html").exists():
+        command = [sys.executable, "-m", "benchmarks.report", str(out)]
+        subprocess.run(command, cwd=ROOT, env=gate.env, timeout=60, check=False)
 
 
 def main() -> int:
@@ -213,9 +227,12 @@ def main() -> int:
     ok &= test(gate, "conformance", conformance, 200)
     timings = [sys.executable, "-m", "benchmarks.gpu_timings", str(gate.folder / "timings.json")]
     ok &= gate.run("timings", timings, 100)
+    try:
+        ok &= bench(gate)
+    finally:
+        page(gate)
     ok &= sanitize(gate, "memcheck")
     ok &= sanitize(gate, "racecheck")
-    ok &= bench(gate)
     print(f"{'passed' if ok else 'FAILED'} in {BUDGET - gate.left():.0f} s: {gate.folder}")
     return 0 if ok else 1
 

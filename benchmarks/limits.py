@@ -2,51 +2,66 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 
-from benchmarks.cases import DTYPES, Work
+from benchmarks.cases import DTYPES, Work, case_of
 from benchmarks.measure import Pace, in_turn
 
 # On a GPU 16 special functions per clock and multiprocessor, as benchmarks/gpu_model.py has them.
 SPECIALS_PER_CLOCK = 16
-SIZE = {"cpu": 2048, "cuda": 8192}  # of the square product whose rate counts
+SIZE = {"cpu": 2048, "cuda": 8192}  # of the square product, and of the rows of those of points
+DIMS = (128, 1024)
+# torch multiplies float16 one by one on many CPUs
+SMALL_SIZE = 512
 COPIES = [1 << k for k in range(14, 27, 3)]  # bytes: from the first cache to memory
 LARGE_COPY = 1 << 29  # beyond the cache of a GPU
+Rates = dict[str, Any]
 
 
-def measured(device: str, quick: bool, threads: int) -> dict[str, Any]:
-    """Operations per second of square products, bytes per second of copies by their size."""
+def measured(device: str, quick: bool, threads: int) -> Rates:
+    """Operations per second of products, bytes per second of copies and fills by their size."""
     torch.set_num_threads(threads)
     where = torch.device(device)
-    pace = Pace(1.0 if quick else 3.0, 10, threads)
-    size = SIZE[device] // (2 if quick else 1)
+    pace = Pace(1.0 if quick else 2.0, 10, threads)
     products: dict[str, float] = {}
     for name, dtype in DTYPES.items():
+        size = SIZE[device] // (2 if quick else 1)
         if device == "cpu" and name == "float16":
-            continue  # torch multiplies it one by one there
-        a, b = (torch.randn(size, size, device=where).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        seconds = in_turn({"mm": lambda a=a, b=b, out=out: torch.mm(a, b, out=out)}, pace, where)
-        products[name] = 2 * size**3 / min(seconds["mm"])
+            size = SMALL_SIZE
+        products[name] = _products(size, dtype, pace, where)
     if device == "cuda":
-        products |= _tf32(size, pace, where)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        size = SIZE[device] // (2 if quick else 1)
+        products["tf32"] = _products(size, torch.float32, pace, where)
+        torch.set_float32_matmul_precision(before)
     copies = {}
     for count in [*COPIES, *([LARGE_COPY] if device == "cuda" else [])]:
         source, target = torch.ones(2, count // 2, dtype=torch.uint8, device=where)
-        seconds = in_turn({"copy": lambda s=source, t=target: t.copy_(s)}, pace, where)
-        copies[str(count)] = count / min(seconds["copy"])
+        calls = {
+            "copy": lambda s=source, t=target: t.copy_(s),
+            "fill": lambda s=source, t=target: (s.fill_(1), t.fill_(1)),
+        }
+        seconds = in_turn(calls, pace, where, warm=3)
+        copies[str(count)] = count / min(min(times) for times in seconds.values())
     return {"operations": products, "bytes": copies, "specials": _special_functions(device)}
 
 
-def _tf32(size: int, pace: Pace, where: torch.device) -> dict[str, float]:
-    a, b = (torch.randn(size, size, device=where) for _ in range(2))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    seconds = in_turn({"mm": lambda: a @ b}, pace, where)
-    torch.set_float32_matmul_precision(before)
-    return {"tf32": 2 * size**3 / min(seconds["mm"])}
+def _products(size: int, dtype: torch.dtype, pace: Pace, where: torch.device) -> float:
+    """The best rate of a square product and of those that the losses are made of."""
+    best = 0.0
+    for rows, inner, columns in (
+        (size, size, size), *((size, d, size) for d in DIMS), *((size, size, d) for d in DIMS)
+    ):  # fmt: skip
+        a = torch.randn(rows, inner, device=where).to(dtype)
+        b = torch.randn(inner, columns, device=where).to(dtype)
+        out = torch.empty(rows, columns, dtype=dtype, device=where)
+        seconds = in_turn({"mm": lambda a=a, b=b, out=out: torch.mm(a, b, out=out)}, pace, where)
+        best = max(best, 2.0 * rows * inner * columns / min(seconds["mm"]))
+    return best
 
 
 def _special_functions(device: str) -> float | None:
@@ -58,25 +73,68 @@ def _special_functions(device: str) -> float | None:
     return gpu.multi_processor_count * clock * SPECIALS_PER_CLOCK or None
 
 
-def units_of(facts: dict[str, Any]) -> tuple[str, float]:
-    """The rate that a case's products are held to, and how many products each of them is."""
-    precision = facts.get("precision", "auto")
-    if facts["dtype"] == "float32" and precision in ("bf16", "bf16x3"):
-        return "bfloat16", 3.0 if precision == "bf16x3" else 1.0
-    if facts["dtype"] == "float32" and precision == "tf32" and facts["device"] == "cuda":
-        return "tf32", 1.0
-    return facts["dtype"], 1.0
+def best_of(one: Rates, other: Rates) -> Rates:
+    """The higher of two rates of one machine."""
+    found: Rates = {"specials": one["specials"]}
+    for kind in ("operations", "bytes"):
+        names = sorted({*one[kind], *other[kind]}, key=lambda n: (len(n), n))
+        found[kind] = {n: max(one[kind].get(n, 0.0), other[kind].get(n, 0.0)) for n in names}
+    return found
 
 
-def limit_of(work: Work, facts: dict[str, Any], rates: dict[str, Any]) -> dict[str, Any]:
+def seen(record: dict[str, Any]) -> Rates:
+    """The rates of a record: as they were measured, or higher where a control reached more."""
+    rates = record["rates"]
+    for row in record["rows"]:
+        if row["status"] == "ok" and row["control"]:
+            work, seconds = case_of(row["case"]).control_work(), row["control"]["minimum"]
+            found: Rates = {"operations": {}, "bytes": {}, "specials": None}
+            if work.flops:
+                found["operations"][row["case"]["dtype"]] = work.flops / seconds
+            else:
+                found["bytes"][str(int(work.bytes))] = work.bytes / seconds
+            rates = best_of(rates, found)
+    return rates
+
+
+def with_limits(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with ``limit`` and ``ratio`` in its measured rows, by all that it has seen."""
+    rates = seen(record)
+    rows, known = [], {}
+    for row in record["rows"]:
+        if row["status"] == "ok":
+            key = json.dumps(row["case"], sort_keys=True)
+            if key not in known:
+                known[key] = limit_of(case_of(row["case"]).work(), row["case"], rates)
+            row = row | {"limit": known[key], "ratio": known[key]["seconds"] / row["minimum"]}
+        rows.append(row)
+    return record | {"rates": rates, "rows": rows}
+
+
+def _seconds_of_products(flops: float, facts: dict[str, Any], rates: dict[str, float]) -> float:
+    """By the fastest unit that the dtype and the precision permit."""
+    precision, cuda = facts.get("precision", "auto"), facts["device"] == "cuda"
+    times = [flops / rates[facts["dtype"]]] if facts["dtype"] in rates else []
+    if facts["dtype"] == "float16" and not cuda:
+        times.append(flops / rates["float32"])
+    if facts["dtype"] == "float32":
+        if precision in ("bf16", "bf16x3"):
+            times.append((3.0 if precision == "bf16x3" else 1.0) * flops / rates["bfloat16"])
+        if precision == "tf32" and cuda:
+            times.append(flops / rates["tf32"])
+    return min(times)
+
+
+def limit_of(work: Work, facts: dict[str, Any], rates: Rates) -> dict[str, Any]:
     """Seconds that the work takes at least, and what bounds it."""
-    unit, products = units_of(facts)
-    # A case whose bytes stay in a cache is held to the rate of a copy of that size.
+    # A case whose bytes stay in a cache is held to copies of that size. Whoever moves more bytes
+    # at a rate can move fewer: a small copy that was disturbed does not count.
     sizes = sorted(int(size) for size in rates["bytes"])
     size = max((s for s in sizes if s <= work.bytes), default=sizes[0])
+    fastest = max(rates["bytes"][str(s)] for s in sizes if s >= size)
     bounds = {
-        "products": products * work.flops / rates["operations"][unit],
-        "bytes": work.bytes / rates["bytes"][str(size)],
+        "products": _seconds_of_products(work.flops, facts, rates["operations"]),
+        "bytes": work.bytes / fastest,
     }
     if rates["specials"]:
         bounds["special functions"] = work.specials / rates["specials"]

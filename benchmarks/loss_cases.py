@@ -7,7 +7,7 @@ kinds peers.FORWARD have no backward pass, and one GEMM.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from benchmarks.cases import Call, Case, Control, Work, generator, relative_erro
 CONTROL_ROWS = 4096
 # Rows and columns of the part that is set against float64: direct differences of all its pairs.
 EXACT_ROWS = 512
+# The precision of products is an option of ours; these alone stand beside it.
+OF_PRECISIONS = (peers.OURS, "torch eager", "torch.compile")
 SMALL_ROWS = 256
 # Special functions per score: sqrt and exp2, or exp2.
 SPECIALS = {"l2": 2, "sqeuclidean": 1, "dot": 1, "cosine": 1}
@@ -69,6 +71,7 @@ class LossCase(Case):
             for name, peer in peers.PROVIDERS.items()
             if metric in peer.jobs.get(kind, ())
             and (self.device.type == "cuda" or not peer.needs_cuda)
+            and (self.facts["precision"] == "auto" or name in OF_PRECISIONS)
         ]
 
     def _backward_of(self, loss: peers.Loss, rows: int) -> Call:
@@ -118,6 +121,10 @@ class LossCase(Case):
             return Control("GEMM", lambda: x @ y.T, times)
         return Control("GEMMs", gemms, times)
 
+    def control_work(self) -> Work:
+        rows = float(min(self.rows, CONTROL_ROWS))
+        return Work((2 if self._is_forward else 8) * rows * rows * self.dim, 0.0)
+
     def errors(self, provider: str) -> dict[str, float]:
         rows = min(self.rows, EXACT_ROWS)
         found = points(rows, self.dim, self.dtype, self.device)
@@ -159,6 +166,11 @@ class LossCase(Case):
 
 
 CASE = LossCase
+Sizes = Sequence[int] | None
+# Other kinds than one direction, each with the metric that its peers have.
+KINDS_ALONE = (
+    ("symmetric", "cosine"), ("two views", "cosine"), ("labels", "cosine"), ("entropy", "dot")
+)  # fmt: skip
 
 
 def all_cases(
@@ -180,41 +192,60 @@ def all_cases(
             found.append(facts)
 
     if job == "memory":
-        ladder = (1024, 4096) if quick else (1024, 4096, 16384, 32768)
-        for rows in sizes or (*ladder, *((65536, 131072) if cuda and not quick else ())):
-            add(rows)
-            if not quick:
-                add(rows, metric="dot")
-        return found
-    if quick:
+        _memory_cases(add, quick, cuda, sizes)
+    elif quick:
         middle = 16384 if cuda else 1024
-        ladder = (1024, 4096, 16384, 65536) if cuda else (256, 1024, 4096)
+        for rows in sizes or ((1024, 4096, 16384, 65536) if cuda else (256, 1024, 4096)):
+            add(rows)
+        middle = min(middle, max(sizes)) if sizes else middle
+        add(middle, metric="dot")
+        for kind, metric in KINDS_ALONE:
+            add(middle, metric=metric, kind=kind)
     else:
-        middle = 32768 if cuda else 4096
-        # A million rows fit into the memory of a large GPU; a CPU would take an hour for them.
-        ladder = (256, 1024, 4096, 16384, 65536, 131072, *((1 << 20,) if cuda else ()))
+        _full_cases(add, cuda, sizes)
+    return found
+
+
+def _memory_cases(add: Callable[..., None], quick: bool, cuda: bool, sizes: Sizes) -> None:
+    """Up to the rows at which matrices no longer fit; those of the job "losses" are taken over."""
+    ladder = (1024, 4096) if quick else (1024, 4096, 16384, 32768)
+    for rows in sizes or (*ladder, *((65536, 131072) if cuda and not quick else ())):
+        add(rows)
+        if not quick and (cuda or rows <= 16384):
+            add(rows, metric="dot")
+
+
+def _full_cases(add: Callable[..., None], cuda: bool, sizes: Sizes) -> None:
+    """A star around one size, a few corners, and each kind under two metrics.
+
+    All products of what can be chosen would take days.
+    """
+    middle = 32768 if cuda else 4096
+    small = middle // 4
+    # A million rows fit into the memory of a large GPU; a CPU would take an hour for them.
+    ladder = (256, 1024, 4096, 16384, 65536, 131072, *((1 << 20,) if cuda else ()))
     for rows in sizes or ladder:
         add(rows)
-        if not quick:
+        if cuda or rows < 131072:  # on a CPU minutes for one call of ours alone
             add(rows, metric="dot")
-    middle = min(middle, max(sizes)) if sizes else middle
-    if quick:
-        add(middle, metric="dot")
-    else:
-        for metric in ("l2", "dot"):
-            for dim in (64, 256, 512, 1024):
-                add(middle, dim, metric)
-        for metric in ("sqeuclidean", "cosine"):
-            add(middle, metric=metric)
-        for metric in ("l2", "dot"):
-            add(middle, metric=metric, dtype="float32" if cuda else "bfloat16")
-        for precision in ("tf32", "bf16x3") if cuda else ("bf16",):
-            add(middle, dtype="float32", precision=precision)
-    if cuda and not quick:
+    if sizes:
+        middle, small = min(middle, max(sizes)), min(small, max(sizes))
+    for metric, dims in (("l2", (64, 256, 512, 1024)), ("dot", (64, 512, 1024))):
+        for dim in dims:
+            add(middle, dim, metric)
+    for dim in (64, 1024):
+        add(small, dim)
+    for metric in ("sqeuclidean", "cosine"):
+        add(middle, metric=metric)
+    for metric in ("l2", "dot"):
+        add(middle, metric=metric, dtype="float32" if cuda else "bfloat16")
+        # torch multiplies float16 one by one on many CPUs
+        add(middle if cuda else small, metric=metric, dtype="float16")
+    for precision in ("tf32", "bf16x3") if cuda else ("bf16", "bf16x3"):
+        add(middle, dtype="float32", precision=precision)
+    if cuda:
         add(middle, metric="sqeuclidean", kind="log-sum-exp")
         add(middle, kind="nearest")
-    for kind, metric in (
-        ("symmetric", "cosine"), ("two views", "cosine"), ("labels", "cosine"), ("entropy", "dot")
-    ):  # fmt: skip
+    for kind, metric in KINDS_ALONE:
+        add(middle, metric="l2", kind=kind)
         add(middle, metric=metric, kind=kind)
-    return found

@@ -34,7 +34,7 @@ class Pace(NamedTuple):
 
 
 QUICK = Pace(1.5, 5, 2)
-FULL = Pace(6.0, 15, 2)
+FULL = Pace(5.0, 12, 2)
 
 
 class Peak(NamedTuple):

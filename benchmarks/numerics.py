@@ -25,13 +25,14 @@ ROWS, DIM = 256, 128
 DISTANCES = [10.0**-k for k in (0, 1, 2, 3, 4, 5, 6)]
 TEMPERATURES = [5e-3, 7e-3, 1e-2, 1.5e-2, 2e-2, 3e-2, 0.1, 0.3, 1.0, 10.0, 100.0]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x, y and a temperature
+# Colours that stand out from white and from the dark page alike.
 STYLES = {
-    "fastcontrast": ("#1f6fb4", "o", "-"),
-    "eager": ("#b3282d", "s", "--"),
-    "torch.compile": ("#e07b1f", "^", "--"),
+    "fastcontrast": ("#2f81c7", "o", "-"),
+    "eager": ("#d0464b", "s", "--"),
+    "torch.compile": ("#d4772a", "^", "--"),
     "pytorch-metric-learning": ("#3f8f3f", "v", ":"),
-    "sentence-transformers": ("#7d4fa3", "d", ":"),
-    "info-nce-pytorch": ("#666666", "x", ":"),
+    "sentence-transformers": ("#9466bd", "d", ":"),
+    "info-nce-pytorch": ("#808080", "x", ":"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Job "patches": random patches of uint8 images to normalised floats, and gradients of images.
+"""Job "patches": patches of uint8 images to normalised floats, of float maps, and gradients.
 
 Peers that take coordinates cut where ours cut and are compared pixel by pixel; those that draw
 their own ("its own draws") are held to what any draw must give: see `errors`. The control fills
@@ -34,6 +34,7 @@ KINDS = {
     ),
     "resized": (OURS, "torchvision", "kornia, slice", "kornia, resample"),
     "backward": (OURS, "advanced indexing", "loop of slices"),
+    "of maps": (OURS, "loop of slices", "advanced indexing", "unfold, gather"),
 }
 # These draw their own crops, and take images as they want them: floats for kornia.
 OWN_DRAWS = ("torchvision", "kornia", "kornia, slice", "kornia, resample")
@@ -97,12 +98,15 @@ class PatchCase(Case):
         options: dict[str, Any] = {"mean": MEAN, "std": STD, "seed": 0}
         return options | ({"scale": SCALE} if self.facts["kind"] == "resized" else {})
 
+    def _maps(self) -> Tensor:
+        shape = (self.batch, self.channels, self.side, self.side)
+        return torch.randn(shape, generator=generator(0, self.device), device=self.device)
+
     def _images(self) -> Tensor:
         shape = (self.batch, self.channels, self.side, self.side)
         source = generator(0, self.device)
         if self.facts["kind"] == "backward":
-            x = torch.randn(shape, generator=source, device=self.device)
-            return x.requires_grad_()
+            return self._maps().requires_grad_()
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=source, device=self.device)
 
     def _output(self) -> Tensor:
@@ -120,6 +124,10 @@ class PatchCase(Case):
     def build(self, provider: str) -> Call:
         if self.facts["kind"] == "backward":
             return self._gradient(provider)
+        if self.facts["kind"] == "of maps":
+            maps, coords = self._maps(), self._coords()
+            cut = CUTTERS.get(provider, fastcontrast.extract_patches)
+            return lambda: cut(maps, coords, self.p)
         if provider in OWN_DRAWS:
             return self._library(provider)
         x = self._images()
@@ -174,6 +182,8 @@ class PatchCase(Case):
         images = float(self.batch * self.channels * self.side**2)
         if self.facts["kind"] == "backward":  # gradients read, and those of every pixel written
             return Work(0.0, output + 4 * images)
+        if self.facts["kind"] == "of maps":
+            return Work(0.0, output + min(4 * images, output))
         return Work(0.0, output + min(images, output / 4))
 
     def _output_bytes(self) -> float:
@@ -183,9 +193,15 @@ class PatchCase(Case):
         out = self._output()
         return Control("fill_", lambda: out.fill_(0.5))
 
+    def control_work(self) -> Work:
+        return Work(0.0, self._output_bytes())
+
     def errors(self, provider: str) -> dict[str, float]:
         """Largest difference of a pixel; of a peer with draws of its own, of shape and range."""
         mine = self.build(provider)().double().flatten(0, -4)
+        if self.facts["kind"] == "of maps":
+            exact = slices(self._maps(), self._coords(), self.p)
+            return {"value": float((mine - exact).abs().max())}
         mean, std = (v.double() for v in self._channels())
         if provider in OWN_DRAWS:
             if mine.shape != (self.batch * self.k, self.channels, self.p, self.p):
@@ -208,6 +224,14 @@ class PatchCase(Case):
         patches = slices(x, self._coords(), self.p)
         upstream = torch.randn(patches.shape, generator=generator(1, self.device), device=x.device)
         return torch.autograd.grad(patches, x, upstream.double())[0]
+
+    def remark(self, provider: str) -> str:
+        if provider in OWN_DRAWS:
+            floats = ", of float images" if provider.startswith("kornia") else ""
+            return f"draws its own crops{floats}: shape and range are checked, not pixels"
+        if provider == TRITON_AUGMENT:
+            return "takes a float image for every patch"
+        return ""
 
     def smaller(self) -> Case:
         return PatchCase(self.facts | {"batch": min(self.batch, 4)})
@@ -234,10 +258,12 @@ def all_cases(
     maps = [(64, 64, 24)] if not sizes else [(b, 64, 24) for b in sizes]
     grid = [(2, 32), (8, 64)] if quick else [(2, 32), (8, 32), (2, 64), (8, 64)]
     shapes = [("cut", shape, *kp) for shape in images for kp in grid]
-    shapes += [("resized", shape, *kp) for shape in images for kp in grid[: 1 if quick else 3]]
+    shapes += [("resized", shape, *kp) for shape in images for kp in (grid[:1] if quick else grid)]
     if not quick:
         shapes += [("backward", shape, *kp) for shape in images for kp in ((2, 32), (8, 64))]
     shapes += [("backward", shape, 4, 8) for shape in maps]
+    if not quick:
+        shapes += [("of maps", shape, 4, 8) for shape in maps]
     return [
         {
             "job": job, "kind": kind, "batch": b, "channels": c, "side": s, "k": k, "p": p,

@@ -107,8 +107,9 @@ def ours(task: Task) -> Loss:
 
         def with_entropy(x: Tensor, y: Tensor) -> Tensor:
             out = fastcontrast.distance_softmax(x, y, scale=1 / task.temperature, **options)
-            positive = (x.float() * y.float()).sum(1) / task.temperature
-            return (out.lse - positive + out.entropy).mean()
+            a, b = x.float(), y.float()
+            positive = (a * b).sum(1) if task.metric == "dot" else -(a - b).norm(dim=1)
+            return (out.lse - positive / task.temperature + out.entropy).mean()
 
         return with_entropy
     if task.kind == "nearest":
@@ -332,7 +333,7 @@ class Peer(NamedTuple):
 
 
 ALL = ("l2", "sqeuclidean", "dot", "cosine")
-OF_KIND = {"entropy": ("dot",), "nearest": ("l2", "sqeuclidean")}
+OF_KIND = {"entropy": ("l2", "dot"), "nearest": ("l2", "sqeuclidean")}
 EVERY = {kind: OF_KIND.get(kind, ALL) for kind in KINDS}
 ONE = "one direction"
 OURS = "fastcontrast"

@@ -18,13 +18,13 @@ SIZE = (5.6, 4.2)  # inches: labels stay readable across a phone
 INK = "#17202a"  # of text and axes; on the page it follows the page's own colour
 LIMIT = "#8a8a8a"
 OURS_COLOR = "#2f81c7"
-PEER_COLOR = "#d9822b"
+PEER_COLOR = "#d4772a"
 # Of peers, in the order in which a record names them; readable on white and on black.
 COLORS = (
-    "#d9822b", "#3f9f5f", "#c94f5d", "#9a6fd0", "#8c7355", "#d667a8", "#5fa3a3", "#a3a33f"
+    "#d4772a", "#3f9f5f", "#c94f5d", "#9a6fd0", "#8c7355", "#d667a8", "#4d9494", "#8f8f2f"
 )  # fmt: skip
 MARKERS = "s^vDPX*<"
-BARS = 24  # cases in one picture of bars
+BARS = 20  # cases in one picture of bars, at most
 STYLE = {
     "font.size": 10, "svg.fonttype": "none", "text.color": INK, "axes.labelcolor": INK,
     "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 11,
@@ -113,9 +113,16 @@ def memory_against_rows(rows: list[Row]) -> Figure:
     return figure
 
 
-def ratio_bars(rows: list[Row], job: str) -> Figure:
-    """Limit over time of every case, ours and the best peer's: 1 is the machine's limit."""
-    names = list(dict.fromkeys(r["name"] for r in rows))[:BARS]
+def bar_groups(rows: list[Row]) -> list[list[str]]:
+    """Names of all cases, shared out evenly over as few pictures of bars as hold them."""
+    names = list(dict.fromkeys(r["name"] for r in rows))
+    pictures = max(-(-len(names) // BARS), 1)
+    size = max(-(-len(names) // pictures), 1)
+    return [names[start : start + size] for start in range(0, len(names), size)]
+
+
+def ratio_bars(rows: list[Row], job: str, names: list[str]) -> Figure:
+    """Limit over time of these cases, ours and the best peer's: 1 is the machine's limit."""
     figure, axes = _axes("", 1.2 + 0.42 * len(names))
     # Of the figure, not of the axes: beside the long names there is no room for it.
     figure.suptitle(f"Limit over time, {job}: longer is better", x=0.01, ha="left", fontsize=11)
@@ -165,8 +172,9 @@ def figures(record: Row) -> Iterator[tuple[str, Figure]]:
                 )
         for job in ("losses", "patches", "triplet", "train"):
             own = [row for row in measured(rows) if row["job"] == job]
-            if own:
-                yield f"ratio_{job}", ratio_bars(own, job)
+            for place, names in enumerate(bar_groups(own), 1):
+                name = f"ratio_{job}" if place == 1 else f"ratio_{job}_{place}"
+                yield name, ratio_bars(own, job, names)
         for name, label, title in (
             ("distance", "distance of a pair", "InfoNCE on distances, float32"),
             ("temperature", "temperature", "InfoNCE on cosines, float32"),

@@ -34,6 +34,7 @@ PRELOADED = (
 MEASURING = {"OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "out of memory")
+CUT_SHORT = "not done after"
 FREE_SHARE = 0.9  # of the memory that is free: more is not given to a measurement
 
 
@@ -179,7 +180,7 @@ def _forked(request: dict[str, Any]) -> dict[str, Any]:
         else:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return {"status": "failed", "reason": f"not done after {request['limit']:.0f} s"}
+            return {"status": "failed", "reason": f"{CUT_SHORT} {request['limit']:.0f} s"}
     status = os.waitpid(child, 0)[1]
     if text:
         return json.loads(text)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import html
 from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
+from benchmarks.limits import with_limits
 from benchmarks.measure import DRIFT
-from benchmarks.record import NOT_INSTALLED, compare, comparison_text
+from benchmarks.record import NOT_INSTALLED, read
 
 Row = dict[str, Any]
 COLUMNS = ("provider", "ms", "median", "limit ÷ time", "MiB", "error", "remarks")
@@ -21,9 +23,10 @@ JOBS = {
 }
 NOTES = (
     "Times are of one call, the minimum and the median of interleaved rounds on the same inputs.",
-    "The limit is what the machine needs at least: operations of products at the measured rate of "
-    "a large square GEMM, or bytes at the measured rate of a copy of that size, whichever takes "
-    "longer; on a GPU special functions by its clock as well. limit ÷ time is 1 at the limit.",
+    "The limit is what the machine needs at least: operations of products, or bytes moved, "
+    "whichever takes longer; on a GPU special functions by its clock as well. Its rates are the "
+    "highest of the run: of GEMMs of several shapes and of copies and fills of that size or "
+    "larger, before and after the cases, and of the controls. limit ÷ time is 1 at the limit.",
     "MiB: peak above inputs and gradients, of one call in a process of its own (CPU), or of "
     "torch's allocator (CUDA).",
     "Error: the largest relative error of loss or gradient against float64 on up to 512 rows "
@@ -68,7 +71,7 @@ def cells(row: Row) -> list[str]:
     """A row of the table, as COLUMNS."""
     if row["status"] != "ok":
         return [row["provider"], "–", "–", "–", "–", "–", f"{row['status']}: {row['reason']}"]
-    remarks = []
+    remarks = [row["remark"]] if row.get("remark") else []
     if len(row["seconds"]) == 1:
         remarks.append("one call")
     if row["outliers"]:
@@ -125,6 +128,8 @@ def machine(record: Row) -> dict[str, str]:
     if absent(record["rows"]):
         facts["not installed"] = ", ".join(absent(record["rows"]))
     facts["command"] = record["command"]
+    if "elapsed_seconds" in record:
+        facts["the run took"] = f"{record['elapsed_seconds'] / 60:.1f} minutes"
     return facts
 
 
@@ -205,14 +210,14 @@ def _group(name: str, rows: list[Row]) -> str:
     return "".join(lines)
 
 
-def write(record: Row, folder: Path, old: Row | None = None) -> list[Path]:
+def write(record: Row, folder: Path, changes: str = "") -> list[Path]:
     """Write page, table and pictures into the folder; their paths."""
+    record = with_limits(record)
     pictures, written = {}, []
     for name, figure in plots.figures(record):
         plots.save_png(figure, folder / f"{name}.png")
         written.append(folder / f"{name}.png")
         pictures[name] = plots.svg(figure, name)
-    changes = comparison_text(compare(old, record)) if old else ""
     for path, text in (
         (folder / "bench.html", page(record, pictures, changes)),
         (folder / "bench.md", markdown(record)),
@@ -220,3 +225,16 @@ def write(record: Row, folder: Path, old: Row | None = None) -> list[Path]:
         path.write_text(text)
         written.append(path)
     return written
+
+
+def main() -> None:
+    """Write page, table and pictures of the record in a folder again."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="with the bench.json of a run")
+    folder = parser.parse_args().folder
+    for path in write(read(folder / "bench.json"), folder):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,16 +10,19 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from benchmarks import measure, record
+from benchmarks import comparison, measure, record
 from benchmarks.cases import UNTIMED, Case, all_cases, case_of
-from benchmarks.limits import limit_of
+from benchmarks.limits import best_of, limit_of
 from benchmarks.peers import OURS, PROVIDERS
-from benchmarks.processes import FREE_SHARE, Measurer
+from benchmarks.processes import CUT_SHORT, FREE_SHARE, Measurer
 
 JOBS = ("losses", "patches", "triplet", "train", "memory")
 # A call that takes longer in the process that measures its memory is not repeated.
@@ -28,6 +31,27 @@ ONCE = {"quick": 4.0, "full": 5.0}
 PREDICTED_LIMIT = {"quick": 4.0, "full": 60.0}
 CALL_LIMIT = {"quick": 60.0, "full": 400.0}  # seconds until a measurement is ended
 CASE_LIMIT = 900.0
+LAST_CASE = 20.0  # seconds after --seconds at which the last case is ended
+EPILOG = """\
+jobs:
+  losses   pairwise losses, forward and backward, over rows, dimensions, metrics, dtypes, kinds
+  patches  random patches cut and resized, of maps, and gradients of images
+  triplet  triplet losses, forward and backward
+  train    one step of each recipe
+  memory   peak memory over rows, until matrices no longer fit
+  all      all of these
+
+peers, timed where they are installed (pip install -e ".[bench]"; docs/performance.md):
+{peers}
+
+A run that was ended goes on with the same flags.
+
+exit codes:
+  0  done
+  1  --compare found a row of fastcontrast that is slower, takes more memory or has a larger error
+     beyond noise, is now skipped or failed, or is no longer measured
+  2  wrong use, or nothing could be measured or written
+"""
 OUT = Path("build/bench")
 FILE = "bench.json"
 
@@ -37,14 +61,18 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         prog="fastcontrast bench",
         description="Time, memory and error of the project and of every peer that is installed.",
-        epilog="A run that was ended goes on with the same flags. Exit code 1: --compare found "
-        "something slower beyond noise.",
+        epilog=EPILOG.format(peers=_wrapped(_names()[1:])),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument("job", nargs="?", default="all", choices=[*JOBS, "all"])
-    flags.add_argument("--peers", nargs="+", metavar="NAME", help="these alone, beside ours")
+    flags.add_argument("job", nargs="?", default="all", choices=[*JOBS, "all"], help="see below")
+    flags.add_argument(
+        "--peers", nargs="+", metavar="NAME", help="these alone, by any part of their names"
+    )
     flags.add_argument("--quick", action="store_true", help="few cases, under five minutes")
     flags.add_argument("--out", type=Path, default=OUT, help=f"folder (default: {OUT})")
-    flags.add_argument("--compare", type=Path, metavar="OLD.json", help="what changed since")
+    flags.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="what changed since, with the same flags"
+    )
     flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     flags.add_argument("--threads", type=int, default=2, help="of torch on CPU (default: 2)")
     flags.add_argument("--seconds", type=float, help="begin no further case after so many")
@@ -64,24 +92,41 @@ class Run:
         pace = measure.QUICK if options.quick else measure.FULL
         self.pace = list(pace._replace(threads=options.threads))
         self.path = options.out / FILE
+        self.measured = False
+        self.record: dict[str, Any] = {}
 
-    def measure(self) -> dict[str, Any]:
-        """Run what is not in the record yet; the record."""
+    def measure(self) -> None:
+        """Run what is not in the record yet."""
         self.options.out.mkdir(parents=True, exist_ok=True)
         with Measurer(returning=True) as peaks, Measurer(returning=False) as clocks:
             self.peaks, self.clocks = peaks, clocks
             facts = self._machine()
             self.record = self._opened(facts["environment"])
+            self.elapsed_before = self.record.get("elapsed_seconds", 0.0)
             jobs = JOBS if self.options.job == "all" else (self.options.job,)
             for job in jobs:
                 for case in all_cases(job, self.options.quick, self.device, self.options.sizes):
                     if self._out_of_time():
                         print("the time is up; the same command without --seconds goes on")
-                        return self.record
+                        return
                     self._case(case_of(case))
                 if job == "losses":
                     self._numerics()
-        return self.record
+            if self.measured:  # the machine may have been busy before, or be so now
+                self.record["rates"] = best_of(self.record["rates"], self._rates())
+                self._save()
+
+    def _save(self) -> None:
+        seconds = time.monotonic() - self.started
+        self.record["elapsed_seconds"] = round(self.elapsed_before + seconds, 1)
+        record.save(self.record, self.path)
+
+    def _within(self, limit: float) -> float:
+        """A measurement's limit, so that the last case ends soon after --seconds."""
+        if self.options.seconds is None:
+            return limit
+        left = self.options.seconds + LAST_CASE - (time.monotonic() - self.started)
+        return min(limit, max(left, 1.0))
 
     def _out_of_time(self) -> bool:
         seconds = self.options.seconds
@@ -112,27 +157,30 @@ class Run:
             if reason:
                 raise ValueError(f"{self.path} is of another run ({reason}): give another --out")
             return old
+        return {
+            "schema": record.SCHEMA, "command": self.command, "environment": environment,
+            "rates": self._rates(), "rows": [],
+        }  # fmt: skip
+
+    def _rates(self) -> dict[str, Any]:
         print("measuring the machine: products, copies", flush=True)
         answer = self.clocks.ask(
-            "rates", 300, device=self.device, quick=self.options.quick,
+            "rates", CASE_LIMIT, device=self.device, quick=self.options.quick,
             threads=self.options.threads,
         )  # fmt: skip
         if answer["status"] != "ok":
             raise RuntimeError(answer["reason"])
-        return {
-            "schema": record.SCHEMA, "command": self.command, "environment": environment,
-            "rates": answer["result"], "rows": [],
-        }  # fmt: skip
+        return answer["result"]
 
     def _numerics(self) -> None:
         """Errors over pair distance and temperature, once a record."""
         if "numerics" in self.record:
             return
         print("errors over pair distance and temperature", flush=True)
-        answer = self.clocks.ask("numerics", CASE_LIMIT)
+        answer = self.clocks.ask("numerics", self._within(CASE_LIMIT))
         if answer["status"] == "ok":
             self.record["numerics"] = answer["result"]
-            record.save(self.record, self.path)
+            self._save()
         else:
             print(f"  {answer['status']}: {answer['reason']}")
 
@@ -140,7 +188,7 @@ class Run:
         """Measure one case and write the record."""
         known = {record.key_of(row) for row in self.record["rows"]}
         wanted = [p for p in case.providers() if p == OURS or self._asked(p)]
-        blank = {"job": case.job_name, "name": case.name, "case": case.facts}
+        blank: dict[str, Any] = {"job": case.job_name, "name": case.name, "case": case.facts}
         rows = {p: blank | {"provider": p} for p in wanted}
         rows = {p: row for p, row in rows.items() if record.key_of(row) not in known}
         if not rows:
@@ -154,8 +202,11 @@ class Run:
             once = ONCE[self.length]
             timed = [p for p, r in rows.items() if r["status"] == "ok" and r["once"] <= once]
         self._times(case, rows, timed)
+        if self._out_of_time():  # what was cut short is measured when the run goes on
+            rows = {p: row for p, row in rows.items() if CUT_SHORT not in row.get("reason", "")}
+        self.measured = True
         self.record["rows"] += rows.values()
-        record.save(self.record, self.path)
+        self._save()
         self._say(case, rows, time.monotonic() - started)
 
     def _asked(self, provider: str) -> bool:
@@ -167,31 +218,47 @@ class Run:
         version = case.version(provider)
         if version is None:
             return {"status": "skipped", "reason": record.NOT_INSTALLED}
-        needs = case.needs(provider)
+        if case.job_name == "memory":
+            known = self._measured_as("losses", case, provider)
+            if known:
+                return known
+        fewer = self._fewer_rows(case, provider)
+        needs = fewer["peak_bytes"] * fewer["more"] if fewer else case.needs(provider)
         if free and needs > FREE_SHARE * free:
             reason = f"needs about {needs / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free"
             return {"status": "skipped", "reason": reason}
-        predicted = 0.0 if provider == OURS else self._predicted(case, provider)
+        predicted = fewer["minimum"] * fewer["more"] if fewer and provider != OURS else 0.0
         if predicted > PREDICTED_LIMIT[self.length]:
             reason = f"a call would take about {predicted:.0f} s, by what fewer rows took"
             return {"status": "skipped", "reason": reason}
         answer = self.peaks.ask(
-            "peak", CALL_LIMIT[self.length], facts=case.facts, provider=provider, pace=self.pace
-        )
+            "peak", self._within(CALL_LIMIT[self.length]), facts=case.facts, provider=provider,
+            pace=self.pace,
+        )  # fmt: skip
         if answer["status"] != "ok":
             return answer
         found = answer["result"]
         worst = max(found["errors"].values())
-        if not worst <= case.allowed:
-            reason = f"error {worst:.1e} against float64, allowed {case.allowed:.0e}: another job"
+        allowed = case.allowed(provider)
+        if not worst <= allowed:
+            reason = f"error {worst:.1e} against float64, allowed {allowed:.0e}: another job"
             return {"status": "differs", "reason": reason, "error": found["errors"]}
         return {
             "status": "ok", "version": version, "peak_bytes": found["peak_bytes"],
-            "error": found["errors"], "once": found["seconds"],
+            "error": found["errors"], "once": found["seconds"], "remark": case.remark(provider),
         }  # fmt: skip
 
-    def _predicted(self, case: Case, provider: str) -> float:
-        """Seconds of a call by the largest measured case of fewer rows: their square counts."""
+    def _measured_as(self, job: str, case: Case, provider: str) -> dict[str, Any] | None:
+        """What another job has found of the same case in a process of its own."""
+        facts = case.facts | {"job": job}
+        for row in self.record["rows"]:
+            if row["case"] == facts and row["provider"] == provider and "once" in row:
+                names = ("status", "version", "peak_bytes", "error", "once", "remark")
+                return {name: row[name] for name in names}
+        return None
+
+    def _fewer_rows(self, case: Case, provider: str) -> dict[str, Any] | None:
+        """The largest measured case of fewer rows, and by how much more there is to do."""
         facts = {k: v for k, v in case.facts.items() if k not in ("job", "rows")}
         rows = case.facts.get("rows", 0)
         fewer = [
@@ -203,16 +270,16 @@ class Run:
             and {k: v for k, v in row["case"].items() if k not in ("job", "rows")} == facts
         ]
         if not fewer:
-            return 0.0
+            return None
         nearest = max(fewer, key=lambda row: row["case"]["rows"])
-        return nearest["minimum"] * (rows / nearest["case"]["rows"]) ** 2
+        return nearest | {"more": (rows / nearest["case"]["rows"]) ** 2}
 
     def _times(self, case: Case, rows: dict[str, Any], timed: list[str]) -> None:
         """Times of those that are repeated, and of the others the one that there is."""
         control: dict[str, Any] = {}
         if timed:
             answer = self.clocks.ask(
-                "times", CASE_LIMIT, facts=case.facts, providers=timed, pace=self.pace
+                "times", self._within(CASE_LIMIT), facts=case.facts, providers=timed, pace=self.pace
             )
             found = answer.get("result", {"seconds": {}, "reasons": {}, "control": {}})
             control = found["control"]
@@ -222,13 +289,10 @@ class Run:
                 else:
                     reason = found["reasons"].get(provider, answer.get("reason", ""))
                     rows[provider] |= {"status": "failed", "reason": reason}
-        limit = limit_of(case.work(), case.facts, self.record["rates"])
         for row in rows.values():
-            once = row.pop("once", None)
             if row["status"] == "ok":
                 if "minimum" not in row:
-                    row |= measure.figures([once])
-                row |= {"limit": limit, "ratio": limit["seconds"] / row["minimum"]}
+                    row |= measure.figures([row["once"]])
                 row["control"] = control
 
     def _say(self, case: Case, rows: dict[str, Any], seconds: float) -> None:
@@ -236,13 +300,15 @@ class Run:
         busy = drift is not None and drift > measure.DRIFT
         note = f"; the control drifts {drift:.0%}: the machine is busy" if busy else ""
         print(f"{case.name} ({seconds:.0f} s{note})")
+        limit = limit_of(case.work(), case.facts, self.record["rates"])["seconds"]
         for provider, r in rows.items():
             if r["status"] != "ok":
                 print(f"  {provider:28}{r['status']}: {r['reason'][:100]}")
                 continue
             error = max(r["error"].values())
             print(
-                f"  {provider:28}{1e3 * r['minimum']:10.3f} ms, limit x {r['ratio']:4.2f}, "
+                f"  {provider:28}{1e3 * r['minimum']:10.3f} ms, "
+                f"limit x {limit / r['minimum']:4.2f}, "
                 f"{r['peak_bytes'] / 2**20:8.1f} MiB, error {error:.0e}"
             )
         sys.stdout.flush()
@@ -253,6 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(arguments)
     try:
+        report = _report()
         unknown = [
             n for n in options.peers or () if not any(n.lower() in p.lower() for p in _names())
         ]
@@ -261,21 +328,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads < 1 or any(m < 2 for m in options.sizes or ()):
             raise ValueError("--threads is 1 or more, --sizes are 2 or more")
         old = record.read(options.compare) if options.compare else None
-        found = Run(options, shlex.join(["fastcontrast", "bench", *arguments])).measure()
-        from benchmarks import report  # needs matplotlib, which measuring does not
-
-        written = report.write(found, options.out, old)
+        run = Run(options, shlex.join(["fastcontrast", "bench", *arguments]))
+        changes, said, written = [], "", []
+        try:
+            run.measure()
+        finally:  # a run that fails or is interrupted leaves a page of what it had
+            found = run.record
+            if found:
+                jobs = None if options.job == "all" else (options.job,)
+                changes = comparison.compare(old, found, jobs) if old else []
+                said = comparison.text(changes) if old else ""
+                written = report.write(found, options.out, said)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"fastcontrast: {error}", file=sys.stderr)
         return 2
     if report.warning(found["rows"]):
         print("\n" + report.warning(found["rows"]))
     print("\nWritten:\n" + "\n".join(f"  {path}" for path in written))
-    if old is None:
-        return 0
-    changes = record.compare(old, found)
-    print("\n" + record.comparison_text(changes))
-    return int(any(c["verdict"] not in ("same", "faster") for c in changes))
+    if said:
+        print("\n" + said)
+    return int(comparison.is_worse(changes))
+
+
+def _wrapped(names: list[str]) -> str:
+    return textwrap.fill(
+        "; ".join(names), 96, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
+
+
+def _report() -> ModuleType:
+    """The part that draws, before anything is measured: its library is one that can be missing."""
+    try:
+        return import_module("benchmarks.report")
+    except ImportError as error:
+        wanted = 'the report needs matplotlib: pip install -e ".[bench]"'
+        raise ImportError(f"{wanted} ({error})") from None
 
 
 def _names() -> list[str]:
@@ -284,7 +371,8 @@ def _names() -> list[str]:
 
 
 def _providers(job: str) -> set[str]:
-    return {p for facts in all_cases(job, True, "cpu") for p in case_of(facts).providers()}
+    found = [f for device in ("cpu", "cuda") for f in all_cases(job, True, device)]
+    return {p for facts in found for p in case_of(facts).providers()}
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ from benchmarks.cases import Call, Case, Control, Work, generator
 from benchmarks.patch_cases import gathered
 from benchmarks.peers import OURS
 from benchmarks.triplet_cases import eager_ratio
+from fastcontrast.temporal import temporal_contrasting_loss
 
 CLASSES, SIDE, PATCH = 10, 28, 28
 CANVAS = 40  # side of the images that patches are cut from
 SMALL_BATCH = 8
+FRAMES = 2  # of a clip
 
 
 def network() -> nn.Module:
@@ -65,10 +67,25 @@ def spatial(ours: bool, embeddings: Tensor) -> Tensor:
     return F.cross_entropy(-torch.cdist(x, y), torch.arange(len(x), device=x.device))
 
 
+def temporal(ours: bool, embeddings: Tensor) -> Tensor:
+    """Clips of FRAMES frames, each frame with its neighbours against those of other clips."""
+    frame = torch.arange(len(embeddings), device=embeddings.device)
+    clip, time = frame // FRAMES, frame % FRAMES
+    if ours:
+        return temporal_contrasting_loss(embeddings, clip, time, window=1, margin=None)
+    scores = -torch.cdist(embeddings, embeddings)
+    same = clip[:, None] == clip
+    positive = same & ((time[:, None] - time).abs() == 1)
+    others = scores.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)
+    nll = F.softplus(others - scores) * positive
+    return (nll.sum(1) / positive.sum(1)).mean()
+
+
 RECIPES: dict[str, Callable[[bool, Tensor], Tensor]] = {
     "semisup": semisup,
     "triplet": triplet,
     "spatial": spatial,
+    "temporal": temporal,
 }
 
 
@@ -87,9 +104,12 @@ class TrainCase(Case):
     def _count(self) -> int:
         """Images that go through the network in a step."""
         batch = self.facts["batch"]
-        return {"semisup": 2 * batch + CLASSES, "triplet": 3 * batch, "spatial": 2 * batch}[
-            self.facts["kind"]
-        ]
+        return {
+            "semisup": 2 * batch + CLASSES,
+            "triplet": 3 * batch,
+            "spatial": 2 * batch,
+            "temporal": FRAMES * batch,
+        }[self.facts["kind"]]
 
     def _pixels(self) -> Callable[[bool], Tensor]:
         """Gives a step's images; those of the spatial recipe are cut from larger ones."""
@@ -137,6 +157,9 @@ class TrainCase(Case):
 
     def control(self) -> Control:
         return Control("network alone", self._step(torch.sum, False))
+
+    def control_work(self) -> Work:
+        return Work(self.work().flops, 0.0)
 
     def errors(self, provider: str) -> dict[str, float]:
         """Of the loss and of the embeddings' gradient, given the network's embeddings."""

@@ -108,6 +108,9 @@ class TripletCase(Case):
         source, target = torch.ones(2, count, dtype=self.dtype, device=self.device)
         return Control("copy", lambda: target.copy_(source))
 
+    def control_work(self) -> Work:
+        return self.work()
+
     def errors(self, provider: str) -> dict[str, float]:
         points = self._points(min(self.facts["rows"], EXACT_ROWS))
         exact = [p.detach().double().requires_grad_() for p in points]
