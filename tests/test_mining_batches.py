@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,6 +144,21 @@ def test_momentum_encoder_follows() -> None:
     again = mining.MomentumEncoder(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
     again.load_state_dict(follower.state_dict())
     torch.testing.assert_close(again.eval()(x), follower.eval()(x), rtol=0, atol=0)
+
+
+def test_the_documented_cross_batch_memory_runs_from_its_first_step() -> None:
+    page = Path(__file__).parents[1] / "docs" / "contrast.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    (loop,) = [block for block in blocks if "queue.enqueue(x, y)" in block]
+    names: dict[str, Any] = {"mining": mining, "triplet_margin_loss": fc.triplet_margin_loss}
+    names |= {"queue": fc.MemoryQueue(12), "y": torch.arange(8) % 3}
+    found = []
+    for _ in range(3):
+        names["x"] = torch.randn(8, 5, requires_grad=True)
+        exec(loop, names)
+        names["loss"].backward()
+        found.append((len(names["chosen"].anchor), len(names["queue"])))
+    assert found == [(0, 8), (8, 12), (8, 12)]
 
 
 def test_momentum_contrast_learns_with_a_queue() -> None:

@@ -33,6 +33,10 @@ def test_batches_without_triplets(name: str) -> None:
     assert listed(mine(x, torch.zeros(5, dtype=torch.int64))) == []  # one class
     assert listed(mine(x, torch.arange(5))) == []  # no positives
     assert listed(mine(x, torch.zeros(5, dtype=torch.int32), x[:0], NONE)) == []
+    queue = fc.MemoryQueue(4)  # an empty one has neither a D nor the embeddings' device
+    found = mine(x, torch.arange(5) % 2, queue.embeddings, queue.labels)
+    assert listed(found) == []
+    assert [part.shape for part in found.take(x, queue.embeddings)] == 3 * [(0, 3)]
     anchor, positive, negative = mine(x[:0], NONE).take(x)
     assert fc.triplet_margin_loss(anchor, positive, negative).item() == 0
 
