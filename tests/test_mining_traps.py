@@ -210,6 +210,16 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: mining.ClassBalancedSampler([0.5, 1.0], 1, 1, seed=0),  # pyright: ignore
         TypeError, "labels must be integers",
     ),
+    "state": (
+        lambda: mining.ClassBalancedSampler([0, 1], 1, 1, seed=0).load_state_dict({"step": 3}),
+        ValueError, "state must hold seed and step, got step",
+    ),
+    "state out of range": (
+        lambda: mining.ClassBalancedSampler([0, 1], 1, 1, seed=0).load_state_dict(
+            {"seed": 0, "step": -1}
+        ),
+        ValueError, "step must be at least 0",
+    ),
     "momentum": (
         lambda: mining.MomentumEncoder(nn.Linear(2, 2), 1.1), ValueError, "momentum must be",
     ),
