@@ -17,6 +17,11 @@ from benchmarks.contrast_runs import TASKS, Record, Study
 
 EMBEDDINGS = ("random network", "slow features", "autoencoder", "contrast")
 CLASSIFIERS = ("linear layer", "1-NN")
+FAR = "nearest frame in time"  # the figure of frames whose nearest is not near in time
+FAR_ABOUT = (
+    "Test frames whose nearest other one is of another sequence or more than the window away in "
+    "time, in per cent; less is better, and no label is needed:"
+)
 DATA = {"cifar-10-batches-bin": "CIFAR-10", "sample": "the MNIST sample"}  # by folder
 
 
@@ -132,6 +137,21 @@ def task_table(record: Record) -> str:
     return "\n".join(lines)
 
 
+def time_table(record: Record) -> str:
+    """Of each trained network, the share of frames whose nearest is far in time, in per cent."""
+    found: dict[str, dict[str, str]] = {}
+    for run in record["runs"]:
+        task, objective = run["variant"].split(", ")
+        own = [one["figures"][FAR] for one in record["runs"] if one["variant"] == run["variant"]]
+        mean, spread = accuracy(1 - error for error in own)
+        found.setdefault(objective, {})[task] = f"{mean:.1f} ± {spread:.1f}"
+    tasks = list(dict.fromkeys(run["variant"].split(", ")[0] for run in record["runs"]))
+    lines = [f"| trained by | {' | '.join(tasks)} |", "| --- " * (1 + len(tasks)) + "|"]
+    for objective, of_task in found.items():
+        lines.append(f"| {objective} | {' | '.join(of_task.get(t, '–') for t in tasks)} |")
+    return "\n".join(lines)
+
+
 def draw_tasks(record: Record, path: Path) -> None:
     """Accuracies of every embedding on every task, with standard deviations."""
     from matplotlib.figure import Figure
@@ -219,7 +239,10 @@ def section(record: Record, study: Study, images: list[str]) -> str:
         what = image.removesuffix(".png").removeprefix("contrast_").replace("_", " ")
         lines += [f"![{what}](images/{image})", ""]
     figures = study.figures
-    lines.append(budget_table(record, figures) if figures else task_table(record))
+    if figures:
+        lines.append(budget_table(record, figures))
+    else:
+        lines += [task_table(record), "", FAR_ABOUT, "", time_table(record)]
     return "\n".join(lines)
 
 
