@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.contrast_runs import TASKS, Record, Study
+from benchmarks.contrast_runs import OBJECTIVES, TASKS, Record, Study
 
-EMBEDDINGS = ("random network", "slow features", "autoencoder", "contrast")
+EMBEDDINGS = ("random network", "slow features", *reversed(OBJECTIVES))
 CLASSIFIERS = ("linear layer", "1-NN")
 FAR = "nearest frame in time"  # the figure of frames whose nearest is not near in time
 FAR_ABOUT = (
@@ -112,7 +112,7 @@ def judged(record: Record) -> dict[str, dict[tuple[str, str], tuple[float, float
     found: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
     for task in TASKS:
         for embedding in EMBEDDINGS:
-            objective = embedding if embedding == "autoencoder" else "contrast"
+            objective = embedding if embedding in OBJECTIVES else "contrast"
             runs = [run for run in record["runs"] if run["variant"] == f"{task}, {objective}"]
             for classifier in CLASSIFIERS:
                 errors = [run["figures"].get(f"{classifier}, {embedding}") for run in runs]
@@ -131,9 +131,10 @@ def task_table(record: Record) -> str:
         cells = [embedding]
         for of_task in found.values():
             for classifier in CLASSIFIERS:
-                mean, spread = of_task.get((embedding, classifier), (float("nan"),) * 2)
-                cells.append(f"{mean:.1f} ± {spread:.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
+                values = of_task.get((embedding, classifier))
+                cells.append("–" if values is None else f"{values[0]:.1f} ± {values[1]:.1f}")
+        if set(cells[1:]) != {"–"}:
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
