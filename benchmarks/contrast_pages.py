@@ -225,6 +225,27 @@ def draw_sheet(record: Record, frames: np.ndarray, path: Path) -> bool:
     return True
 
 
+def command(record: Record, study: Study) -> str:
+    """What made the record: of DIR as the page lays it out, and what differs from the study."""
+    runs, out = record["runs"], f"{stem(record)}.json"
+    data = {"MNIST": "DIR/MNIST/raw", "sample": "sample"}.get(
+        record["data"], f"DIR/{record['data']}"
+    )
+    told = [f"python -m benchmarks.contrast_study {record['study']} --data {data} --out {out}"]
+    seeds = sorted({run["seed"] for run in runs})
+    if seeds != [0, 1, 2]:
+        told.append(f"--seeds {' '.join(map(str, seeds))}")
+    variants = list(dict.fromkeys(variant for variant, _ in study.points))
+    ran = {run["variant"] for run in runs}
+    if ran != set(variants):
+        told.append("--variants " + " ".join(f"'{v}'" for v in variants if v in ran))
+    points = {(run["variant"], run["steps"]) for run in runs}
+    if not points <= set(study.points):
+        budgets = sorted({steps for _, steps in points if steps})
+        told.append(f"--steps {' '.join(map(str, budgets))}")
+    return " ".join(told)
+
+
 def section(record: Record, study: Study, images: list[str]) -> str:
     """What stands between the comments of a record."""
     runs = record["runs"]
@@ -236,6 +257,7 @@ def section(record: Record, study: Study, images: list[str]) -> str:
     lines = [head, "", study.about, ""]
     lines += [f"Mean ± standard deviation over {seeds} seeds, one core of {machines}; "
              f"[the runs](../benchmarks/results/{stem(record)}.json).", ""]  # fmt: skip
+    lines += ["```sh", command(record, study), "```", ""]
     for image in images:
         what = image.removesuffix(".png").removeprefix("contrast_").replace("_", " ")
         lines += [f"![{what}](images/{image})", ""]

@@ -44,7 +44,7 @@ TASKS = {
     "video": (dataclasses.replace(TEMPORAL["video"], batch_size=8), 60),
 }
 OBJECTIVES = ("contrast", "triplet", "prediction", "neighborhood", "autoencoder")
-QUERIES, FOUND = 4, 2  # of the sheet of the video
+QUERIES, FOUND = 6, 3  # of the sheet of the video
 
 
 class Study(NamedTuple):
@@ -257,9 +257,9 @@ STUDIES = {
         _temporal,
         {},
         "Time as the comparison",
-        "The same three convolutions, frozen after equal steps on equal clips: trained by time "
-        "(contrast, triplet, prediction as in CPC, neighborhood as in TNC), as an autoencoder of "
-        "single frames, or not at all; and the slowest linear features. "
+        "The same three convolutions, frozen after equal steps on equal clips: trained by time, "
+        "by the objectives of [temporal.md](temporal.md), as an autoencoder of single frames, or "
+        "not at all; and the slowest linear features. "
         "digits: which digit moves. objects: COIL-20, every fourth view is asked for, two views "
         "of each object are labelled. angles: its views in ten classes of 25 degrees, the same "
         "views asked for, all others labelled. motion: Daphnet's S06R02E0, whose own label has "
