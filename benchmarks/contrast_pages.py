@@ -13,10 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.contrast_runs import TASKS, Record, Study
+from benchmarks.contrast_runs import OBJECTIVES, TASKS, Record, Study
 
-EMBEDDINGS = ("random network", "slow features", "autoencoder", "contrast")
+EMBEDDINGS = ("random network", "slow features", *reversed(OBJECTIVES))
 CLASSIFIERS = ("linear layer", "1-NN")
+FAR = "nearest frame in time"  # the figure of frames whose nearest is not near in time
+FAR_ABOUT = (
+    "Test frames whose nearest other one is of another sequence or more than the window away in "
+    "time, in per cent; less is better, and no label is needed:"
+)
 DATA = {"cifar-10-batches-bin": "CIFAR-10", "sample": "the MNIST sample"}  # by folder
 
 
@@ -107,7 +112,7 @@ def judged(record: Record) -> dict[str, dict[tuple[str, str], tuple[float, float
     found: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
     for task in TASKS:
         for embedding in EMBEDDINGS:
-            objective = embedding if embedding == "autoencoder" else "contrast"
+            objective = embedding if embedding in OBJECTIVES else "contrast"
             runs = [run for run in record["runs"] if run["variant"] == f"{task}, {objective}"]
             for classifier in CLASSIFIERS:
                 errors = [run["figures"].get(f"{classifier}, {embedding}") for run in runs]
@@ -126,9 +131,25 @@ def task_table(record: Record) -> str:
         cells = [embedding]
         for of_task in found.values():
             for classifier in CLASSIFIERS:
-                mean, spread = of_task.get((embedding, classifier), (float("nan"),) * 2)
-                cells.append(f"{mean:.1f} ± {spread:.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
+                values = of_task.get((embedding, classifier))
+                cells.append("–" if values is None else f"{values[0]:.1f} ± {values[1]:.1f}")
+        if set(cells[1:]) != {"–"}:
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def time_table(record: Record) -> str:
+    """Of each trained network, the share of frames whose nearest is far in time, in per cent."""
+    found: dict[str, dict[str, str]] = {}
+    for run in record["runs"]:
+        task, objective = run["variant"].split(", ")
+        own = [one["figures"][FAR] for one in record["runs"] if one["variant"] == run["variant"]]
+        mean, spread = accuracy(1 - error for error in own)
+        found.setdefault(objective, {})[task] = f"{mean:.1f} ± {spread:.1f}"
+    tasks = list(dict.fromkeys(run["variant"].split(", ")[0] for run in record["runs"]))
+    lines = [f"| trained by | {' | '.join(tasks)} |", "| --- " * (1 + len(tasks)) + "|"]
+    for objective, of_task in found.items():
+        lines.append(f"| {objective} | {' | '.join(of_task.get(t, '–') for t in tasks)} |")
     return "\n".join(lines)
 
 
@@ -204,6 +225,27 @@ def draw_sheet(record: Record, frames: np.ndarray, path: Path) -> bool:
     return True
 
 
+def command(record: Record, study: Study) -> str:
+    """What made the record: of DIR as the page lays it out, and what differs from the study."""
+    runs, out = record["runs"], f"{stem(record)}.json"
+    data = {"MNIST": "DIR/MNIST/raw", "sample": "sample"}.get(
+        record["data"], f"DIR/{record['data']}"
+    )
+    told = [f"python -m benchmarks.contrast_study {record['study']} --data {data} --out {out}"]
+    seeds = sorted({run["seed"] for run in runs})
+    if seeds != [0, 1, 2]:
+        told.append(f"--seeds {' '.join(map(str, seeds))}")
+    variants = list(dict.fromkeys(variant for variant, _ in study.points))
+    ran = {run["variant"] for run in runs}
+    if ran != set(variants):
+        told.append("--variants " + " ".join(f"'{v}'" for v in variants if v in ran))
+    points = {(run["variant"], run["steps"]) for run in runs}
+    if not points <= set(study.points):
+        budgets = sorted({steps for _, steps in points if steps})
+        told.append(f"--steps {' '.join(map(str, budgets))}")
+    return " ".join(told)
+
+
 def section(record: Record, study: Study, images: list[str]) -> str:
     """What stands between the comments of a record."""
     runs = record["runs"]
@@ -215,11 +257,15 @@ def section(record: Record, study: Study, images: list[str]) -> str:
     lines = [head, "", study.about, ""]
     lines += [f"Mean ± standard deviation over {seeds} seeds, one core of {machines}; "
              f"[the runs](../benchmarks/results/{stem(record)}.json).", ""]  # fmt: skip
+    lines += ["```sh", command(record, study), "```", ""]
     for image in images:
         what = image.removesuffix(".png").removeprefix("contrast_").replace("_", " ")
         lines += [f"![{what}](images/{image})", ""]
     figures = study.figures
-    lines.append(budget_table(record, figures) if figures else task_table(record))
+    if figures:
+        lines.append(budget_table(record, figures))
+    else:
+        lines += [task_table(record), "", FAR_ABOUT, "", time_table(record)]
     return "\n".join(lines)
 
 

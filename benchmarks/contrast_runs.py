@@ -43,7 +43,8 @@ TASKS = {
     "motion": (dataclasses.replace(TEMPORAL["channels"], labels="motion"), 200),
     "video": (dataclasses.replace(TEMPORAL["video"], batch_size=8), 60),
 }
-QUERIES, FOUND = 4, 2  # of the sheet of the video
+OBJECTIVES = ("contrast", "triplet", "prediction", "neighborhood", "autoencoder")
+QUERIES, FOUND = 6, 3  # of the sheet of the video
 
 
 class Study(NamedTuple):
@@ -250,13 +251,15 @@ STUDIES = {
         tuple(
             (f"{task}, {objective}", steps)
             for task, (_, steps) in TASKS.items()
-            for objective in ("contrast", "autoencoder")
+            for objective in OBJECTIVES
+            if task != "video" or objective in ("contrast", "autoencoder")
         ),
         _temporal,
         {},
         "Time as the comparison",
         "The same three convolutions, frozen after equal steps on equal clips: trained by time, "
-        "as an autoencoder of single frames, or not at all; and the slowest linear features. "
+        "by the objectives of [temporal.md](temporal.md), as an autoencoder of single frames, or "
+        "not at all; and the slowest linear features. "
         "digits: which digit moves. objects: COIL-20, every fourth view is asked for, two views "
         "of each object are labelled. angles: its views in ten classes of 25 degrees, the same "
         "views asked for, all others labelled. motion: Daphnet's S06R02E0, whose own label has "

@@ -222,7 +222,7 @@ def main() -> int:
     parallel = []
     if subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True).returncode == 0:
         parallel = ["-n", str(min(8, os.cpu_count() or 1))]
-    ok = test(gate, "gpu-tests", ["tests/test_gpu.py"], 90)
+    ok = test(gate, "gpu-tests", ["tests/test_gpu.py", "tests/test_gpu_mining.py"], 90)
     conformance = [*conformance_files(), "-k", "native-cuda or triton-cuda", *parallel]
     ok &= test(gate, "conformance", conformance, 200)
     timings = [sys.executable, "-m", "benchmarks.gpu_timings", str(gate.folder / "timings.json")]

@@ -5,7 +5,7 @@ The public names; everything else is reached through its module. Documentation: 
 
 from typing import TYPE_CHECKING, Any
 
-from fastcontrast import mining
+from fastcontrast import distributed, mining, temporal
 from fastcontrast.backends import available_backends
 from fastcontrast.losses import (
     ClipLoss,
@@ -82,6 +82,7 @@ __all__ = [
     "available_backends",
     "clip_loss",
     "distance_softmax",
+    "distributed",
     "extract_patches",
     "info_nce_loss",
     "knn_classify",
@@ -100,6 +101,7 @@ __all__ = [
     "siamese_contrastive_loss",
     "spatial_contrasting_loss",
     "supcon_loss",
+    "temporal",
     "triplet_distances",
     "triplet_margin_loss",
     "triplet_ratio_loss",

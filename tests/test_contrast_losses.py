@@ -176,7 +176,7 @@ def test_a_symmetric_loss_with_a_queue_contrasts_queries_alone_with_it() -> None
 def test_the_queue_is_first_in_first_out() -> None:
     queue = fc.MemoryQueue(5)
     assert len(queue) == 0
-    assert queue.labels is None
+    assert queue.labels.tolist() == []
     held: list[int] = []
     start = 0
     for count in (2, 2, 3, 0, 7, 1):

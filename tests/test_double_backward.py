@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 from variants import on_every_backend
 
 from fastcontrast import info_nce_loss
+from fastcontrast.temporal import temporal_contrasting_loss, temporal_prediction_loss
 
 every_backend = on_every_backend("distance_softmax")
 
@@ -78,6 +81,36 @@ def test_create_graph_leaves_first_gradients_as_they_are(
         results.append(
             torch.autograd.grad(loss, [x, y], create_graph=create_graph, materialize_grads=True)
         )
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b.detach())
+
+
+TEMPORAL: dict[str, Any] = {
+    "contrasting": lambda x, y, **o: temporal_contrasting_loss(
+        torch.cat([x, y]), torch.arange(12) % 2, torch.arange(12), window=2, margin=3, **o
+    ),
+    "prediction": lambda x, y, **o: temporal_prediction_loss(
+        x, y, torch.arange(5) % 2, torch.arange(5), torch.eye(4).double().expand(2, 4, 4), **o
+    ),
+}
+
+
+@every_backend
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("name", TEMPORAL)
+def test_create_graph_of_temporal_losses(name: str, metric: str, backend: str) -> None:
+    """A frame is a row, a column and a near frame at once: its gradients stay as they are."""
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    results = []
+    for create_graph in (False, True):
+        query, key = x.tanh(), torch.cat([2 * x + 1, y])[: 7 if name == "contrasting" else 5]
+        temperature = 0.5 + query.square().mean()
+        loss = TEMPORAL[name](query, key, metric=metric, temperature=temperature, backend=backend)
+        results.append(
+            torch.autograd.grad(loss, [x, y], create_graph=create_graph, materialize_grads=True)
+        )
+    assert results[0][0].abs().max() > 0
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b.detach())
 

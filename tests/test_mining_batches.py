@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import peers
 import pytest
 import torch
+import torch.nn.functional as F
 from mining_cases import METRICS, farness
 from torch import nn
 from variants import on_every_backend
@@ -143,15 +148,79 @@ def test_momentum_encoder_follows() -> None:
     torch.testing.assert_close(again.eval()(x), follower.eval()(x), rtol=0, atol=0)
 
 
+def test_the_documented_cross_batch_memory_runs_from_its_first_step() -> None:
+    page = Path(__file__).parents[1] / "docs" / "contrast.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    (loop,) = [block for block in blocks if "queue.enqueue(x, y)" in block]
+    names: dict[str, Any] = {"mining": mining, "triplet_margin_loss": fc.triplet_margin_loss}
+    names |= {"queue": fc.MemoryQueue(12), "y": torch.arange(8) % 3}
+    found = []
+    for _ in range(3):
+        names["x"] = torch.randn(8, 5, requires_grad=True)
+        exec(loop, names)
+        names["loss"].backward()
+        found.append((len(names["chosen"].anchor), len(names["queue"])))
+    assert found == [(0, 8), (8, 12), (8, 12)]
+
+
 def test_momentum_contrast_learns_with_a_queue() -> None:
-    encoder = nn.Linear(6, 3)
+    """MoCo's Eq. 1 and 2 at every step, over entries that the queue has dropped again too."""
+    encoder = nn.Linear(6, 3).double()
     follower, queue = mining.MomentumEncoder(encoder, 0.9), fc.MemoryQueue(32)
-    for _ in range(4):
-        x = torch.randn(16, 6)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.5)
+    followed = [p.detach().clone() for p in encoder.parameters()]
+    kept = torch.empty(0, 3, dtype=torch.float64)
+    losses = []
+    for _ in range(40):
+        x = torch.randn(16, 6, dtype=torch.float64)
         follower.update(encoder)
-        key = follower(x + 0.01)
-        loss = fc.info_nce_loss(encoder(x), key, queue=queue, metric="cosine", temperature=0.07)
-        (gradient,) = torch.autograd.grad(loss, encoder.weight)
-        assert gradient.abs().sum() > 0
+        followed = [
+            0.9 * k + 0.1 * q.detach() for k, q in zip(followed, encoder.parameters(), strict=True)
+        ]
+        view = torch.cat([x[:, :3], torch.randn_like(x[:, 3:])], 1)  # half of it is the example's
+        query, key = encoder(x), follower(view)
+        loss = fc.info_nce_loss(
+            query, key, queue=queue, in_batch=False, metric="cosine", temperature=0.2
+        )
+        q, positive, negative = (F.normalize(part) for part in (query, key, kept))
+        logits = torch.cat([(q * positive).sum(1, keepdim=True), q @ negative.T], 1) / 0.2
+        truth = F.cross_entropy(logits, torch.zeros(16, dtype=torch.int64))
+        torch.testing.assert_close(loss, truth)
+        expected = torch.autograd.grad(truth, list(encoder.parameters()), retain_graph=True)
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter, gradient in zip(encoder.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+        optimizer.step()
         queue.enqueue(key)
-    assert len(queue) == 32
+        kept = torch.cat([kept, key])[-32:]
+        losses.append(loss.item())
+    for mine, true in zip(follower.encoder.parameters(), followed, strict=True):
+        torch.testing.assert_close(mine, true)
+    full = losses[2:]  # before, there are fewer negatives
+    assert sum(full[-10:]) < 0.8 * sum(full[:10])
+
+
+def test_cross_batch_memory_equals_pytorch_metric_learning() -> None:
+    """Its memory takes the batch first, and leaves out each row's own entry."""
+    distances, losses, miners, reducers = (
+        peers.peer(f"pytorch_metric_learning.{part}")
+        for part in ("distances", "losses", "miners", "reducers")
+    )
+    distance = distances.LpDistance(normalize_embeddings=False)
+    theirs = losses.CrossBatchMemory(
+        losses.TripletMarginLoss(margin=0.2, distance=distance, reducer=reducers.MeanReducer()),
+        embedding_size=5, memory_size=24, miner=miners.BatchHardMiner(distance=distance),
+    )  # fmt: skip
+    queue = fc.MemoryQueue(24)
+    for step in range(7):  # a queue that fills, and is written over twice
+        x = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+        y = torch.randint(0, 4, (8,))
+        queue.enqueue(x, y)
+        own = (8 * step + torch.arange(8)) % 24
+        chosen = mining.batch_hard_triplets(x, y, queue.embeddings, queue.labels, own=own)
+        loss = fc.triplet_margin_loss(*chosen.take(x, queue.embeddings), margin=0.2)
+        their = theirs(x, y)
+        assert loss.item() > 0
+        torch.testing.assert_close(loss, their)
+        torch.testing.assert_close(*(torch.autograd.grad(v, x)[0] for v in (loss, their)))

@@ -33,6 +33,10 @@ def test_batches_without_triplets(name: str) -> None:
     assert listed(mine(x, torch.zeros(5, dtype=torch.int64))) == []  # one class
     assert listed(mine(x, torch.arange(5))) == []  # no positives
     assert listed(mine(x, torch.zeros(5, dtype=torch.int32), x[:0], NONE)) == []
+    queue = fc.MemoryQueue(4)  # an empty one has neither a D nor the embeddings' device
+    found = mine(x, torch.arange(5) % 2, queue.embeddings, queue.labels)
+    assert listed(found) == []
+    assert [part.shape for part in found.take(x, queue.embeddings)] == 3 * [(0, 3)]
     anchor, positive, negative = mine(x[:0], NONE).take(x)
     assert fc.triplet_margin_loss(anchor, positive, negative).item() == 0
 
@@ -205,6 +209,16 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "labels of floats": (
         lambda: mining.ClassBalancedSampler([0.5, 1.0], 1, 1, seed=0),  # pyright: ignore
         TypeError, "labels must be integers",
+    ),
+    "state": (
+        lambda: mining.ClassBalancedSampler([0, 1], 1, 1, seed=0).load_state_dict({"step": 3}),
+        ValueError, "state must hold seed and step, got step",
+    ),
+    "state out of range": (
+        lambda: mining.ClassBalancedSampler([0, 1], 1, 1, seed=0).load_state_dict(
+            {"seed": 0, "step": -1}
+        ),
+        ValueError, "step must be at least 0",
     ),
     "momentum": (
         lambda: mining.MomentumEncoder(nn.Linear(2, 2), 1.1), ValueError, "momentum must be",

@@ -243,6 +243,18 @@ def test_checkers_are_pinned_once() -> None:
         assert used <= pins
 
 
+_PARTS = """
+import fastcontrast
+assert all(hasattr(fastcontrast, name) for name in fastcontrast.__all__)
+fastcontrast.distributed.gather, fastcontrast.mining.Triplets, fastcontrast.temporal.ClipSampler
+"""
+
+
+def test_import_brings_every_part_for_users() -> None:
+    """In a process of its own: here other tests have imported them."""
+    subprocess.run([sys.executable, "-c", _PARTS], check=True)
+
+
 _COST = """
 import json, sys, time
 import torch

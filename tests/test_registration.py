@@ -12,6 +12,7 @@ from variants import on_every_backend
 
 import fastcontrast
 from fastcontrast import distance_softmax, info_nce_loss, metric_embedding_loss
+from fastcontrast.temporal import temporal_contrasting_loss, temporal_prediction_loss
 
 every_backend = on_every_backend("distance_softmax")
 
@@ -124,6 +125,32 @@ def test_losses_compile_whole(loss: Any) -> None:
         torch.autograd.grad(b, [x, y], allow_unused=True),
         strict=True,
     ):
+        torch.testing.assert_close(left, right)
+
+
+FRAMES = torch.arange(12)
+TEMPORAL: dict[str, Any] = {
+    "contrasting": lambda x, y: temporal_contrasting_loss(
+        x * y, FRAMES // 6, FRAMES, window=1, margin=2
+    ),
+    "prediction": lambda x, y: temporal_prediction_loss(
+        x, y, FRAMES // 6, FRAMES, torch.eye(6).expand(2, 6, 6)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPORAL)
+def test_temporal_losses_compile_in_parts(name: str) -> None:
+    """Times are looked at on the host: no whole graph, but values and gradients of eager mode."""
+    torch._dynamo.reset()
+    loss = TEMPORAL[name]
+    x, y = torch.randn(12, 6, requires_grad=True), torch.randn(12, 6, requires_grad=True)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        compiled(loss)(x, y)
+    torch._dynamo.reset()
+    a, b = loss(x, y), torch.compile(loss, backend="aot_eager")(x, y)
+    torch.testing.assert_close(a, b)
+    for left, right in zip(*(torch.autograd.grad(v, [x, y]) for v in (a, b)), strict=True):
         torch.testing.assert_close(left, right)
 
 

@@ -70,6 +70,12 @@ CONFIGS: dict[str, RunConfig] = {
         labels_per_class=2, **SHARED,
     ),
     "temporal": TemporalConfig(batch_size=4, clip_length=2, steps=1, **SHARED),
+    "prediction": TemporalConfig(
+        objective="prediction", predicted=2, batch_size=4, clip_length=3, steps=1, **SHARED
+    ),
+    "neighborhood": TemporalConfig(  # its discriminator has dropout
+        objective="neighborhood", batch_size=4, clip_length=2, steps=1, **SHARED
+    ),
 }  # fmt: skip
 RECIPES: dict[str, Any] = {
     "triplet": triplet, "spatial": spatial, "semisup": semisup, "temporal": temporal
@@ -108,7 +114,7 @@ def first_steps(folder: Path, kind: str) -> dict[str, list[Tensor]]:
     """The loss's parts, gradients and statistics of the first step of every recipe, in float64."""
 
     def capture(job: Any, folder: Any, model: Any, task: Any, *_: Any, **__: Any) -> None:
-        spread_layers(model.train(), task.shares)
+        spread_layers(model.train(), task.shares, task.learnt)
         batch = task.batch_at(0)
         batch = batch._replace(images=batch.images.double())  # of crops
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -4,14 +4,27 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from runs_of import assert_same_run, stop_after
+from safetensors.torch import load_file
+from torch import nn
 
 from fastcontrast.data import load_sequence_set
+from fastcontrast.temporal import NeighborhoodDiscriminator, TemporalPredictionLoss
 from fastcontrast.train import plots
 from fastcontrast.train.config import TemporalConfig
+from fastcontrast.train.loop import Batch, Task, take_gradients
+from fastcontrast.train.ranks import Shares
 from fastcontrast.train.reports import embed_run, evaluate_run, load_run
 from fastcontrast.train.runs import read_metrics
-from fastcontrast.train.temporal import train_temporal
+from fastcontrast.train.temporal import (
+    EncoderBesideLoss,
+    PlacedFrames,
+    build_model,
+    prepare,
+    temporal_loss,
+    train_temporal,
+)
 from fastcontrast.train.temporal_frames import choose_frames, time_error
 
 
@@ -95,9 +108,12 @@ def test_a_wrong_file_is_named(tmp_path, array, labels, said):
     assert "a.npy" in str(caught.value)
 
 
-@pytest.mark.parametrize("objective", ["contrast", "triplet", "autoencoder"])
+OBJECTIVES = ("contrast", "triplet", "prediction", "neighborhood", "autoencoder")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_stopped_and_resumed_equals_straight(config, monkeypatch, objective):
-    config = dataclasses.replace(config, objective=objective)
+    config = dataclasses.replace(config, objective=objective, predicted=2)
     straight = train_temporal(config)
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -122,6 +138,48 @@ def test_it_learns_and_is_evaluated_as_it_was(config, tmp_path):
     assert embed_run(loaded, tmp_path / "x.npz")["train_embeddings"][1] == 128
 
 
+@pytest.mark.parametrize("objective", ["prediction", "neighborhood"])
+def test_what_the_loss_learns_is_trained_beside_the_network(config, objective):
+    config = dataclasses.replace(config, objective=objective, predicted=2, clip_stride=2)
+    result = train_temporal(config)
+    (saved,) = result.run.checkpoints.glob("*/model.safetensors")
+    weights = load_file(saved)
+    before = build_model(prepare(dataclasses.replace(config, name="other"))).state_dict()
+    learnt = [name for name in weights if name.startswith("learnt.")]
+    assert len(learnt) == (1 if objective == "prediction" else 4)
+    assert not any(torch.equal(weights[name], before[name]) for name in learnt)
+    assert embed_run(load_run(result.run.path), config.out_dir / "x.npz")["train_embeddings"]
+
+
+def test_gradients_of_network_and_loss_are_those_of_one_graph():
+    model = EncoderBesideLoss(nn.Linear(4, 3), NeighborhoodDiscriminator(3, dropout=0.0))
+    images = torch.randn(6, 4)
+
+    def loss(outputs, _):
+        value = model.learnt(outputs, outputs.flip(0)).square().mean()
+        return value, value.detach()[None]
+
+    task = Task(
+        batch_at=lambda step: Batch(images, None), loss=loss, part_names=("loss",),
+        shares=Shares(6), evaluate=lambda network: {}, schedule=None, steps=1, learnt=model.learnt,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    take_gradients(model, task.batch_at(0), task, optimizer, lambda part: None, amp=False)
+    truth = torch.autograd.grad(loss(model(images), None)[0], list(model.parameters()))
+    for parameter, true in zip(model.parameters(), truth, strict=True):
+        torch.testing.assert_close(parameter.grad, true)
+
+
+def test_prediction_takes_the_next_frame_of_a_clip_whatever_its_stride():
+    """Of clips whose frames are two apart: the loss of the same clips with times 0, 1, 2."""
+    config = TemporalConfig(objective="prediction", predicted=2, clip_length=3, clip_stride=2)
+    maps, z = TemporalPredictionLoss(4, 4, 2), torch.randn(6, 4)
+    ids, times = torch.arange(6) // 3, torch.arange(6) % 3
+    placed = PlacedFrames(ids, 2 * times + 5, 0, z)
+    found = temporal_loss(z, placed, config, 2, maps)
+    torch.testing.assert_close(found, maps(z, z, ids, times))
+
+
 def test_channels_without_labels_are_judged_by_time(config, tmp_path):
     folder = tmp_path / "channels"
     folder.mkdir()
@@ -138,6 +196,7 @@ def test_channels_without_labels_are_judged_by_time(config, tmp_path):
     [
         ({"margin": 3}, "margin"),
         ({"temperature": 0.0}, "temperature"),
+        ({"objective": "prediction", "predicted": 8}, "predicted is 8; wanted from 1 to clip_l"),
         ({"image_size": 9}, "0: "),
     ],
 )

@@ -71,6 +71,7 @@ from torch import Tensor, nn
 from variants import on_every_backend
 
 import fastcontrast as fc
+from fastcontrast.temporal import temporal_contrasting_loss, temporal_prediction_loss
 
 every_backend = on_every_backend("distance_softmax")
 IDS = torch.arange(8) % 3
@@ -91,6 +92,26 @@ LOSSES: dict[str, Any] = {
         x, torch.arange(len(x)) % 3, y, torch.arange(len(y)) % 3, **o
     ),
 }
+
+
+def temporal_contrasting(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """Rows of x and y, far apart in time but for each pair: NT-Xent through windows and margins."""
+    places = torch.arange(max(len(x), len(y)), device=x.device)
+    ids = torch.cat([places[: len(x)] // 4, places[: len(y)] // 4])
+    times = torch.cat([10 * places[: len(x)], 10 * places[: len(y)] + 1])
+    return temporal_contrasting_loss(torch.cat([x, y]), ids, times, window=1, margin=2, **options)
+
+
+def temporal_prediction(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """Context i of x picks frame i + 1 of y, by the map that changes nothing."""
+    weight = torch.eye(y.shape[1], x.shape[1], dtype=x.dtype, device=x.device)[None]
+    times = torch.arange(len(x), device=x.device)
+    return temporal_prediction_loss(
+        x, y, torch.zeros_like(times), times, weight, **{"metric": "l2", **options}
+    )
+
+
+LOSSES |= {"temporal": temporal_contrasting, "prediction": temporal_prediction}
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -290,7 +311,8 @@ def test_a_class_id_may_be_any_integer() -> None:
     assert torch.equal(fc.supcon_loss(x, far), fc.supcon_loss(x, IDS))
 
 
-@every_loss
+# The others have checks of their own: test_temporal.py.
+@pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith(("temp", "pred"))])
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -373,7 +395,7 @@ def test_a_batch_of_one_point_has_gradient_zero(name: str, backend: str) -> None
     x = torch.full((8, 5), 0.3, requires_grad=True)
     y = x.detach().clone().requires_grad_()
     loss = LOSSES[name](x, y, backend=backend)
-    columns = {"nt_xent": 15, "bank": 9}.get(name, 8)
+    columns = {"nt_xent": 15, "bank": 9, "temporal": 15}.get(name, 8)
     truth = torch.full((8,), float(columns)).log()
     if name == "nca":  # a class has 3, 3 or 2 of the 8 columns
         truth = -torch.tensor([3 / 8, 3 / 8, 2 / 8] * 3)[:8].log()

@@ -67,13 +67,14 @@ class MemoryQueue(nn.Module):
 
     @property
     def embeddings(self) -> Tensor:
-        """The entries [Q, D], in no particular order."""
+        """The entries [Q, D], in no particular order; before the first one, [0, 0]."""
         return self.entries[: self._place[1]]
 
     @property
     def labels(self) -> Tensor | None:
-        """Class ids of the entries, int64 [Q]; None if none were enqueued."""
-        return self.ids[: self._place[1]] if self._place[2] else None
+        """Class ids of the entries, int64 [Q]; None if the entries have none."""
+        _, filled, has_labels = self._place
+        return self.ids[:filled] if has_labels or not filled else None
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, labels: Tensor | None = None) -> None:

@@ -65,7 +65,7 @@ class ClassBalancedSampler(Sampler[list[int]]):
             )
         if batches is not None:
             check_count("batches", batches)
-        random_words(torch.zeros(1, dtype=torch.int64), 1, BATCH, seed, 0)  # checks the seed
+        _check_draws(seed, 0)
         self.members = [m.tolist() for m in torch.argsort(ids, stable=True).split(counts)]
         self.classes, self.per_class, self.seed = classes, per_class, seed
         self.batches = batches or max(1, len(ids) // (classes * per_class))
@@ -101,8 +101,19 @@ class ClassBalancedSampler(Sampler[list[int]]):
         return {"seed": self.seed, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where a sampler with this state would."""
+        """Continue where a sampler with this state would; labels and options are this sampler's.
+
+        Raises:
+            ValueError: If the state is not seed and step, or one of them is out of range.
+        """
+        if set(state) != {"seed", "step"}:
+            raise ValueError(f"state must hold seed and step, got {', '.join(sorted(state))}")
+        _check_draws(state["seed"], state["step"])
         self.seed, self.step = state["seed"], state["step"]
+
+
+def _check_draws(seed: int, step: int) -> None:
+    random_words(torch.zeros(1, dtype=torch.int64), 1, BATCH, seed, step)
 
 
 def _distinct(words: list[int], count: int) -> list[int]:

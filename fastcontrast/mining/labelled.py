@@ -42,11 +42,13 @@ def labelled(
     """The embeddings among themselves, or among references; raises if they are malformed."""
     if (references is None) != (reference_labels is None):
         raise ValueError("references and reference_labels must be given together")
-    check_operands(
-        "embeddings", embeddings, "references", embeddings if references is None else references
-    )
+    empty = references is not None and is_empty_queue(references)
+    columns = embeddings if references is None or empty else references
+    check_operands("embeddings", embeddings, "references", columns)
     rows = len(embeddings)
     check_integers("labels", labels, (rows,), embeddings.device)
+    if empty:
+        references, reference_labels = embeddings[:0], labels[:0]
     if references is None or reference_labels is None:
         if own is not None:
             raise ValueError("own needs references: among themselves, it is each row's own index")
@@ -59,6 +61,11 @@ def labelled(
             own = own.to(torch.int64)
     ids, column_ids = labels.to(torch.int64), reference_labels.to(torch.int64)
     return Labelled(embeddings.detach(), ids, references.detach(), column_ids, own)
+
+
+def is_empty_queue(references: Tensor) -> bool:
+    """Whether they are those of a queue before its first entry, which knows no D and no device."""
+    return isinstance(references, Tensor) and references.shape == (0, 0)
 
 
 class Members(NamedTuple):

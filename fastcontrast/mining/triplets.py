@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcontrast.mining.labelled import Labelled, labelled, positive_pairs
+from fastcontrast.mining.labelled import (
+    Labelled,
+    is_empty_queue,
+    labelled,
+    positive_pairs,
+)
 from fastcontrast.ops.checks import check_choice, check_scale
 from fastcontrast.ops.nearest import nearest
 from fastcontrast.ops.pairs import CHUNK_ELEMENTS, row_chunks, values_between
@@ -47,6 +52,8 @@ class Triplets(NamedTuple):
             tensor([0.5000, 1.5000])
         """
         columns = embeddings if references is None else references
+        if is_empty_queue(columns):
+            columns = embeddings[:0]
         # Not columns[index]: the gradient of that is not deterministic on two threads.
         return (
             F.embedding(self.anchor, embeddings),
@@ -94,7 +101,8 @@ def batch_hard_triplets(
         embeddings: Anchors [M, D], float16, bfloat16, float32 or float64.
         labels: Their class ids, integer [M].
         references: What positives and negatives are chosen from, [N, D], such as the embeddings of
-            a :class:`fastcontrast.MemoryQueue`; None for the embeddings, without each one itself.
+            a :class:`fastcontrast.MemoryQueue`, empty at first; None for the embeddings, without
+            each one itself.
         reference_labels: Their class ids, integer [N], with ``references``.
         own: With ``references``, the index among them of each anchor itself, integer [M], which is
             then no positive; -1 for none.

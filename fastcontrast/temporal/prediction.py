@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastcontrast.backends import autocast_off
 from fastcontrast.losses.info_nce import info_nce_loss
 from fastcontrast.ops.checks import FLOATING, check_choice, check_count, check_operands
 from fastcontrast.temporal.adjacency import frames_after, timeline
@@ -88,9 +89,11 @@ def temporal_prediction_loss(
     line = timeline(embeddings, sequence_ids, times)
     dtype = torch.promote_types(context.dtype, weight.dtype)
     context = context.to(dtype)
+    with autocast_off(context.device.type):  # it lowers no score, and so no map before the scores
+        predictions = [context @ step_weight.to(dtype).T for step_weight in weight.unbind()]
     steps = [
         info_nce_loss(
-            context @ step_weight.to(dtype).T,
+            prediction,
             embeddings,
             frames_after(line, step),
             metric=metric,
@@ -99,7 +102,7 @@ def temporal_prediction_loss(
             precision=precision,
             backend=backend,
         )
-        for step, step_weight in enumerate(weight.unbind(), 1)
+        for step, prediction in enumerate(predictions, 1)
     ]
     loss = torch.stack(steps)
     return loss.mean() if reduction == "mean" else loss

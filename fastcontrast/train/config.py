@@ -364,13 +364,19 @@ class TemporalConfig(RunConfig):
     read them."""
     ticks: int = 64
     """Rows of channels that make a frame."""
-    objective: Literal["contrast", "triplet", "autoencoder"] = "contrast"
+    objective: Literal["contrast", "triplet", "prediction", "neighborhood", "autoencoder"] = (
+        "contrast"
+    )
     """"contrast": near frames against all others of the batch. "triplet": a near and a far frame
-    drawn for each. "autoencoder": the frame itself, for comparison; time is not used."""
+    drawn for each. "prediction": the next frames of the clip, each by a linear map, as in CPC.
+    "neighborhood": whether two frames are near, as in TNC. "autoencoder": the frame itself, for
+    comparison; time is not used."""
     metric: Literal["l2", "sqeuclidean", "cosine"] = "cosine"
-    """Distance of embeddings, with "contrast"."""
+    """Distance of embeddings, with "contrast" and "prediction"."""
     temperature: float = 0.1
-    """Distance or similarity that changes a score by one nat, with "contrast"."""
+    """Distance or similarity that changes a score by one nat, with "contrast" and "prediction"."""
+    predicted: int = 4
+    """Frames of a clip that "prediction" predicts from each, at most --clip-length - 1."""
     window: int = 14
     """Frames at most so far apart are near."""
     margin: int = 0
@@ -399,6 +405,9 @@ class TemporalConfig(RunConfig):
         require(
             self.margin == 0 or self.margin >= self.window, self, "margin", "0, or window or more"
         )
+        if self.objective == "prediction":
+            wanted = f"from 1 to clip_length - 1, {self.clip_length - 1}"
+            require(1 <= self.predicted < self.clip_length, self, "predicted", wanted)
         if self.objective != "autoencoder":  # neighbours in time are looked for on the host
             require(not self.cuda_graphs, self, "cuda_graphs", "False, or objective 'autoencoder'")
 

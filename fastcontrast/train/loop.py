@@ -78,6 +78,8 @@ class Task(Generic[Targets]):
         keep_best: Whether the checkpoint with the lowest watched figure is kept beside the last.
         forward: The network's outputs for a batch's images, if it is not one pass over all.
         memory: What the loss remembers of earlier steps, alike on all ranks; checkpoints hold it.
+        learnt: What the loss itself learns: a part of the model that its passes do not call. On
+            every rank it sees the whole batch.
     """
 
     batch_at: Callable[[int], Batch[Targets]]
@@ -91,6 +93,7 @@ class Task(Generic[Targets]):
     keep_best: bool = False
     forward: Callable[[Callable[..., Any], Tensor], Tensor] = run_network
     memory: nn.Module | None = None
+    learnt: nn.Module | None = None
 
 
 def train_step(
@@ -142,7 +145,10 @@ def take_gradients(
     wide = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
     cut = task.shares.whole(wide).requires_grad_()
     loss, parts = task.loss(cut, batch.targets)
-    (gradient,) = torch.autograd.grad(loss, cut)
+    own = [] if task.learnt is None else list(task.learnt.parameters())
+    gradient, *of_own = torch.autograd.grad(loss, [cut, *own])
+    for parameter, part in zip(own, of_own, strict=True):
+        parameter.grad = part / world_size()  # every rank has all of it, and the sum follows
     lap("loss")
     outputs.backward(task.shares.own(gradient).to(outputs.dtype))
     return parts.detach()

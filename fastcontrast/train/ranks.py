@@ -161,17 +161,21 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def spread_layers(model: nn.Module, shares: Shares) -> None:
+def spread_layers(model: nn.Module, shares: Shares, apart: nn.Module | None = None) -> None:
     """Make the layers that know more than one image, or draw, do so as over the whole batch.
 
     Args:
         model: Its batch normalisations and dropouts are changed in place; names and values of its
             parameters and buffers stay.
         shares: Of the batches that it will be trained on; they matter to dropout alone.
+        apart: A part of it that sees the whole batch on every rank, and is left as it is.
     """
     if world_size() == 1:
         return
+    left = set() if apart is None else set(apart.modules())
     for layer in model.modules():
+        if layer in left:
+            continue
         if isinstance(layer, nn.BatchNorm2d):
             layer.__class__ = NormOfAll
         elif isinstance(layer, nn.Dropout):

@@ -194,7 +194,7 @@ def run_stage(
     """
     config, device = job.config, job.device
     place(model, device)
-    spread_layers(model, task.shares)
+    spread_layers(model, task.shares, task.learnt)
     if task.memory is not None:
         task.memory.to(device)
     average = copy.deepcopy(model).requires_grad_(False).eval() if config.ema else None

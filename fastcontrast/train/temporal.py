@@ -18,9 +18,16 @@ from torch.nn import functional as F
 
 from fastcontrast.data import SequenceSet, load_sequence_set
 from fastcontrast.losses.triplet_margin import triplet_margin_loss
-from fastcontrast.temporal import ClipSampler, temporal_contrasting_loss, temporal_triplets
+from fastcontrast.temporal import (
+    ClipSampler,
+    NeighborhoodDiscriminator,
+    TemporalPredictionLoss,
+    temporal_contrasting_loss,
+    temporal_neighborhood_loss,
+    temporal_triplets,
+)
 from fastcontrast.train import models, plots, stage
-from fastcontrast.train.batches import pixels_of
+from fastcontrast.train.batches import pixels_of, seed_dropout
 from fastcontrast.train.config import TemporalConfig
 from fastcontrast.train.evaluation import Figure, embed, neighbour_errors
 from fastcontrast.train.loop import Batch, Task
@@ -42,7 +49,8 @@ Learn an embedding from sequences without labels: frames close in time are alike
 - It ends with a linear layer, a linear SVM and nearest neighbours on frozen frames, where there are
   labels; beside them the network before training, and the slowest linear features.
 - Without --data it makes 1,000 sequences in which a digit moves.
-- --objective triplet or autoencoder trains the same network otherwise, for comparison.
+- --objective triplet, prediction (CPC), neighborhood (TNC) or autoencoder trains the same network
+  otherwise, for comparison.
 - Ctrl-C stops after the current step with everything written; --resume goes on from there."""
 
 _CALIBRATION = 20  # batches from which the network before training takes its normalisation
@@ -106,18 +114,47 @@ def read_frames(config: TemporalConfig) -> FrameDataset:
     return choose_frames(sequences, config.probe_frames)
 
 
+class EncoderBesideLoss(nn.Module):
+    """An encoder, and beside it what its loss learns: its passes are those of the encoder.
+
+    Args:
+        encoder: Embeds frames.
+        learnt: The linear maps of :class:`fastcontrast.temporal.TemporalPredictionLoss`, or a
+            :class:`fastcontrast.temporal.NeighborhoodDiscriminator`.
+    """
+
+    def __init__(self, encoder: nn.Module, learnt: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.learnt = learnt
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed frames."""
+        return self.encoder(images)
+
+
 def build_model(job: TemporalJob) -> nn.Module:
-    """Build network and, for an autoencoder, decoder, with weights that follow from the seed."""
+    """Build the network and what the objective has beside it, with weights of the seed."""
+    config = job.config
 
-    def make() -> nn.Sequential:
+    def make() -> nn.Module:
         encoder = _encoder(job, job.network)
-        if job.config.objective != "autoencoder":
-            return nn.Sequential(encoder)
         features = 192 if job.network in ("cifar10", "stl10") else 128
-        channels, height, width = job.frames.train_images.shape[1:]
-        return nn.Sequential(encoder, models.temporal_decoder(features, (channels, height, width)))
+        if config.objective == "autoencoder":
+            channels, height, width = job.frames.train_images.shape[1:]
+            decoder = models.temporal_decoder(features, (channels, height, width))
+            return nn.Sequential(encoder, decoder)
+        if config.objective == "prediction":
+            maps = TemporalPredictionLoss(
+                features, features, config.predicted, metric=config.metric,
+                temperature=config.temperature,
+            )  # fmt: skip
+            return EncoderBesideLoss(encoder, maps)
+        if config.objective == "neighborhood":
+            return EncoderBesideLoss(encoder, NeighborhoodDiscriminator(features))
+        return nn.Sequential(encoder)
 
-    return models.build(make, job.config.seed)
+    return models.build(make, config.seed)
 
 
 def train(job: TemporalJob) -> stage.Result:
@@ -140,15 +177,17 @@ def train(job: TemporalJob) -> stage.Result:
         stage.load_initial_weights(config.init_from, model)
     sampler = _sampler(config, job.sequences)
     shares = Shares(config.batch_size * config.clip_length)
+    learnt = model.learnt if isinstance(model, EncoderBesideLoss) else None
 
     def batch_at(step: int) -> Batch[PlacedFrames]:
+        seed_dropout(config.seed, step, device)
         clips = sampler.batch(step).flat()
         images = pixels.cut(clips.frames.to(device, non_blocking=True))
         ids, times = (x.to(device, non_blocking=True) for x in (clips.sequence_ids, clips.times))
         return Batch(shares.own(images), PlacedFrames(ids, times, step, images))
 
     def loss(outputs: Tensor, targets: PlacedFrames) -> tuple[Tensor, Tensor]:
-        value = temporal_loss(outputs, targets, config, len(job.sequences.train))
+        value = temporal_loss(outputs, targets, config, len(job.sequences.train), learnt)
         return value, value.detach()[None]
 
     def evaluate(network: nn.Module) -> dict[str, float]:
@@ -162,6 +201,7 @@ def train(job: TemporalJob) -> stage.Result:
         evaluate=evaluate,
         schedule=config.rates,
         steps=config.steps,
+        learnt=learnt,
     )
     kind = "pictures" if job.sequences.is_pictures else f"windows of {config.ticks} ticks"
     announcement = (
@@ -192,7 +232,11 @@ def train(job: TemporalJob) -> stage.Result:
 
 
 def temporal_loss(
-    outputs: Tensor, targets: PlacedFrames, config: TemporalConfig, sequences: int
+    outputs: Tensor,
+    targets: PlacedFrames,
+    config: TemporalConfig,
+    sequences: int,
+    learnt: nn.Module | None = None,
 ) -> Tensor:
     """Compute the loss of one step.
 
@@ -201,6 +245,7 @@ def temporal_loss(
         targets: Where and when the frames are from, and the frames.
         config: Says which loss.
         sequences: How many there are to train on.
+        learnt: What the loss itself learns, of "prediction" and "neighborhood".
 
     Returns:
         The loss; of an autoencoder the mean squared error in units of the pixels' variance.
@@ -208,12 +253,20 @@ def temporal_loss(
     ids, times, step, images = targets
     if config.objective == "autoencoder":
         return F.mse_loss(outputs, images)
+    if config.objective == "prediction":
+        assert learnt is not None
+        # The next frame of a clip, whatever its stride, is one step ahead.
+        return learnt(outputs, outputs, ids, times // config.clip_stride)
     margin = config.margin or (None if sequences > 1 else config.window)
-    if config.objective == "triplet":
+    if config.objective in ("triplet", "neighborhood"):
         drawn = temporal_triplets(
             ids, times, window=config.window, margin=margin, seed=config.seed, step=step
         )
-        return triplet_margin_loss(*(F.embedding(index, outputs) for index in drawn))
+        anchor, near, far = (F.embedding(index, outputs) for index in drawn)
+        if config.objective == "triplet":
+            return triplet_margin_loss(anchor, near, far)
+        assert learnt is not None
+        return temporal_neighborhood_loss(learnt(anchor, near), learnt(anchor, far))
     return temporal_contrasting_loss(
         outputs, ids, times, window=config.window, margin=margin, metric=config.metric,
         temperature=config.temperature,
