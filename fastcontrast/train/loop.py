@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -167,10 +167,11 @@ def fit(
 ) -> TrainingState:
     """Train from where ``state`` stands to the task's end, or until asked to stop.
 
-    Every ``log_every`` steps a line goes to the metrics (the one time that the host waits for the
-    device); every ``eval_every`` steps the model is evaluated and a checkpoint written. Both also
-    happen after the last step. A stop is taken after the current step, with a checkpoint. All ranks
-    take every step, and the stop that one of them is asked for; rank 0 evaluates and writes.
+    Every ``log_every`` steps a line goes to the metrics, for which the host waits for the device
+    once; between lines it does not. Every ``eval_every`` steps the model is evaluated and a
+    checkpoint written. Both also happen after the last step. A stop is taken after the current
+    step, with a checkpoint. All ranks take every step, and the stop that one of them is asked for;
+    rank 0 evaluates and writes.
 
     Args:
         model: Trained in place.
@@ -227,14 +228,14 @@ def fit(
         record: dict[str, Any] = {}
         if last or done % log_every == 0:
             means = (state.sums / state.summed_steps).tolist()
-            _require_finite(state.sums, done, run)
+            _require_finite(means, done, run)
             record |= dict(zip(task.part_names, means, strict=True))
             record |= {"learning_rate": rate, "speed": clock.read()}
             state = replace(state, sums=torch.zeros_like(state.sums), summed_steps=0)
         best = False
         if evaluating or stopping:
-            _require_finite(state.interval, done, run)
-            _require_finite(torch.stack([p.detach().sum() for p in model.parameters()]), done, run)
+            weights = torch.stack([p.detach().sum() for p in model.parameters()])
+            _require_finite(torch.cat([state.interval, weights]).tolist(), done, run)
         if evaluating:
             figures = from_first(lambda: task.evaluate(model if average is None else average))
             record |= figures
@@ -306,8 +307,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         restore()
 
 
-def _require_finite(values: Tensor, step: int, run: RunFolder) -> None:
-    if bool(values.isfinite().all()):
+def _require_finite(values: Sequence[float], step: int, run: RunFolder) -> None:
+    if all(map(math.isfinite, values)):
         return
     kept = latest_checkpoint(run.checkpoints)
     raise NonFiniteLossError(
