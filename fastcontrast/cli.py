@@ -218,7 +218,8 @@ def _run_recipe(recipe: str, module: Any, config: Any) -> int:
     try:
         result = module.train(job)
     except OSError as error:  # what was to be written, as opposed to read
-        return _fail(str(error), _FAILED)
+        advice = f"free space there, or make it writable, then {_continued(recipe, job.run)}"
+        return _fail(f"{error}; {advice}", _FAILED)
     if is_first():
         module.show(job, result)
         _print_written(recipe, job.run, result)
@@ -290,10 +291,14 @@ def _print_written(recipe: str, run: Any, result: Any) -> None:
         if path.exists():
             print(f"  {path}")
     if result.interrupted:
-        again = ["fastcontrast", "train", recipe, "--resume", "--name", run.path.name]
-        if run.path.parent != Path("runs"):
-            again += ["--out-dir", str(run.path.parent)]
-        print(f"\nStopped after step {result.step:,}. To continue:\n  {shlex.join(again)}")
+        print(f"\nStopped after step {result.step:,}. To continue:\n  {_continued(recipe, run)}")
+
+
+def _continued(recipe: str, run: Any) -> str:
+    again = ["fastcontrast", "train", recipe, "--resume", "--name", run.path.name]
+    if run.path.parent != Path("runs"):
+        again += ["--out-dir", str(run.path.parent)]
+    return shlex.join(again)
 
 
 def _importable(name: str) -> bool:

@@ -78,6 +78,8 @@ class Task(Generic[Targets]):
         keep_best: Whether the checkpoint with the lowest watched figure is kept beside the last.
         forward: The network's outputs for a batch's images, if it is not one pass over all.
         memory: What the loss remembers of earlier steps, alike on all ranks; checkpoints hold it.
+        restart: Flags that start another run at a lower rate from a checkpoint's WEIGHTS, for the
+            message of a loss that became NaN.
     """
 
     batch_at: Callable[[int], Batch[Targets]]
@@ -91,6 +93,7 @@ class Task(Generic[Targets]):
     keep_best: bool = False
     forward: Callable[[Callable[..., Any], Tensor], Tensor] = run_network
     memory: nn.Module | None = None
+    restart: str = "--learning-rate RATE --init-from WEIGHTS"
 
 
 def train_step(
@@ -228,14 +231,14 @@ def fit(
         record: dict[str, Any] = {}
         if last or done % log_every == 0:
             means = (state.sums / state.summed_steps).tolist()
-            _require_finite(means, done, run)
+            _require_finite(means, done, task, run)
             record |= dict(zip(task.part_names, means, strict=True))
             record |= {"learning_rate": rate, "speed": clock.read()}
             state = replace(state, sums=torch.zeros_like(state.sums), summed_steps=0)
         best = False
         if evaluating or stopping:
             weights = torch.stack([p.detach().sum() for p in model.parameters()])
-            _require_finite(torch.cat([state.interval, weights]).tolist(), done, run)
+            _require_finite(torch.cat([state.interval, weights]).tolist(), done, task, run)
         if evaluating:
             figures = from_first(lambda: task.evaluate(model if average is None else average))
             record |= figures
@@ -307,11 +310,18 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         restore()
 
 
-def _require_finite(values: Sequence[float], step: int, run: RunFolder) -> None:
+def _require_finite(values: Sequence[float], step: int, task: Task[Any], run: RunFolder) -> None:
     if all(map(math.isfinite, values)):
         return
     kept = latest_checkpoint(run.checkpoints)
+    advice = "There is no checkpoint yet: start again with --overwrite and a lower rate"
+    if kept:
+        restart = task.restart.replace("WEIGHTS", str(kept / "model.safetensors"))
+        advice = (
+            f"The last good checkpoint is {kept}. --resume keeps the rate; for a lower one start "
+            f"another run: {restart} --name NAME"
+        )
     raise NonFiniteLossError(
         f"the loss or a weight is NaN or infinite at step {step}; a lower learning rate may help. "
-        + (f"The last good checkpoint is {kept}" if kept else "There is no checkpoint yet")
+        + advice
     )
