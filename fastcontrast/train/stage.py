@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.data import ImageDataset, load_dataset
+from fastcontrast.data import ImageDataset, load_dataset, other_sizes
 from fastcontrast.ops.ranks import world_size
 from fastcontrast.train.batches import Pixels, pixels_of
 from fastcontrast.train.checkpoints import (
@@ -112,6 +112,8 @@ def prepare(
 ) -> Job[Config]:
     """Read the data and open the run folder, so that only training is left.
 
+    Files of another size than the published ones are named in a line that is printed.
+
     Args:
         config: What is asked for.
         make: Builds the recipe's network from its name and the number of channels.
@@ -129,6 +131,8 @@ def prepare(
     device = find_device(config.device)
     check_switches(config, device)
     dataset = load_dataset(config.data, config.dataset, config.image_size or None)
+    if warning := other_sizes(config.data, config.dataset):
+        print(f"warning: {warning}", flush=True)
     check(dataset)
     images = dataset.train_images
     network = network_for(images) if config.network == "auto" else config.network
