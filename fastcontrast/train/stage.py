@@ -222,9 +222,7 @@ def run_stage(
             rewind_metrics(run, state.step)
             note_resumption(job.run, config, state.step, "" if run == job.run else run.path.name)
     print(announcement, flush=True)
-    runner = model
-    if config.compile != "off":
-        runner = torch.compile(model, mode=config.compile)
+    runner = model if config.compile == "off" else compiled(model, config.compile)
     with (
         show_progress(task.steps, state.step) as shown,
         tensorboard(shown, run.tensorboard, state.step) as progress,
@@ -247,6 +245,12 @@ def run_stage(
         )
     ended = state.step >= task.steps or task.schedule.is_over(state.watched)
     return Trained(model if average is None else average, state.step, not ended)
+
+
+def compiled(model: nn.Module, mode: str) -> Callable[..., Any]:
+    """Compile a network, with the dropout masks that it has without: the compiler draws others."""
+    options = torch._inductor.list_mode_options(mode)
+    return torch.compile(model, options={**options, "fallback_random": True})
 
 
 def _open_stage(run: RunFolder) -> tuple[bool, Path | None]:
