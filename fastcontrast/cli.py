@@ -76,7 +76,8 @@ DATA_HELP = """\
 usage: fastcontrast data verify DIR
 
 Say which data sets lie in DIR, whether each file is whole and is the one that was published, and
-how many images there are. Exit code 1 if a set cannot be read. Nothing is downloaded.
+how many images there are. Nothing is downloaded. Exit code 1 if a set cannot be read, or a file has
+not the size that was published; other content of that size is said, with exit code 0.
 
 known layouts, in DIR or in the folder in which torchvision keeps them:
   MNIST      train-images-idx3-ubyte, ... (IDX, plain or .gz)     DIR/MNIST/raw
@@ -188,7 +189,9 @@ def _verify(directory: str) -> int:
             size = f"{file.size:>13,} bytes  " if file.size else " " * 21
             print(f"  {file.path!s:<{width}}  {size}{file.state}")
         print("  " + (describe(report.dataset) if report.dataset else f"error: {report.problem}"))
-    return 0 if all(report.dataset for report in reports) else _FAILED
+    states = {file.state for report in reports for file in report.files}
+    whole = all(report.dataset for report in reports) and "other size" not in states
+    return 0 if whole else _FAILED
 
 
 def _train(recipe: str, flags: list[str]) -> int:
@@ -218,7 +221,8 @@ def _run_recipe(recipe: str, module: Any, config: Any) -> int:
     try:
         result = module.train(job)
     except OSError as error:  # what was to be written, as opposed to read
-        return _fail(str(error), _FAILED)
+        advice = f"free space there, or make it writable, then {_continued(recipe, job.run)}"
+        return _fail(f"{error}; {advice}", _FAILED)
     if is_first():
         module.show(job, result)
         _print_written(recipe, job.run, result)
@@ -290,10 +294,14 @@ def _print_written(recipe: str, run: Any, result: Any) -> None:
         if path.exists():
             print(f"  {path}")
     if result.interrupted:
-        again = ["fastcontrast", "train", recipe, "--resume", "--name", run.path.name]
-        if run.path.parent != Path("runs"):
-            again += ["--out-dir", str(run.path.parent)]
-        print(f"\nStopped after step {result.step:,}. To continue:\n  {shlex.join(again)}")
+        print(f"\nStopped after step {result.step:,}. To continue:\n  {_continued(recipe, run)}")
+
+
+def _continued(recipe: str, run: Any) -> str:
+    again = ["fastcontrast", "train", recipe, "--resume", "--name", run.path.name]
+    if run.path.parent != Path("runs"):
+        again += ["--out-dir", str(run.path.parent)]
+    return shlex.join(again)
 
 
 def _importable(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from mnist_files import NAMES, write_mnist
 
 from fastcontrast import cli
-from fastcontrast.train import plots
+from fastcontrast.train import checkpoints, plots, runs, semisup
 from fastcontrast.train.checkpoints import latest_checkpoint
 from fastcontrast.train.config import SemisupConfig
 from fastcontrast.train.runs import RunFolder, read_metrics
@@ -168,7 +169,47 @@ def test_the_default_name_says_data_and_seed(here, no_pictures):
 
 def test_nan_is_one_line_and_exit_code_1(here, capsys, no_pictures):
     assert _train("--steps", "1", "--learning-rate", "1e38") == 1
-    assert "NaN or infinite" in _error(capsys)
+    error = _error(capsys)
+    assert "NaN or infinite" in error
+    assert "start again with --overwrite and a lower rate" in error
+
+
+def test_what_to_do_about_nan_can_be_done(here, capsys, no_pictures, monkeypatch):
+    flags = ["--steps", "4", "--eval-every", "2", "--log-every", "1"]
+    right, calls = semisup.semisup_loss, []
+
+    def lose(*arguments, **options):
+        loss, parts = right(*arguments, **options)
+        calls.append(None)
+        return (loss, parts * math.nan) if len(calls) == 4 else (loss, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(semisup, "semisup_loss", lose)
+        assert _train(*flags, "--name", "lost") == 1
+    advice = _error(capsys).partition("start another run: ")[2].split()
+    weights = "runs/lost/checkpoint/step-0000002/model.safetensors"
+    assert advice == [*("--learning-rate", "RATE", "--init-from", weights), "--name", "NAME"]
+    advice = ["0.01" if word == "RATE" else "other" if word == "NAME" else word for word in advice]
+    assert _train(*flags, *advice) == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "training.pt", "results.json.partial"])
+def test_what_to_do_about_a_full_disk_can_be_done(here, capsys, no_pictures, monkeypatch, name):
+    def open_full(path, mode="r", **options):
+        return open("/dev/full" if path.name == name else path, mode, **options)
+
+    with monkeypatch.context() as patch:
+        for module in (runs, checkpoints):
+            patch.setattr(module, "open", open_full, raising=False)
+        assert _train("--steps", "2", "--name", "full") == 1
+    error = _error(capsys)
+    assert "step-0000002" in error if name == "training.pt" else name.partition(".p")[0] in error
+    assert "No space left" in error or name == "training.pt"  # of which torch.save does not say so
+    assert "free space there" in error
+    command = error.partition("then fastcontrast ")[2].split()
+    assert command == ["train", "semisup", "--resume", "--name", "full"]
+    assert cli.main(command) == 0
 
 
 def _command(*arguments, **options):

@@ -1,6 +1,7 @@
 """Readers of CIFAR-10, SVHN, STL-10 and folders of pictures, on small files in their formats."""
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import struct
@@ -19,9 +20,14 @@ from fastcontrast.data import (
     load_image_folder,
     load_stl10,
     load_svhn,
+    other_sizes,
+    sets,
     verify,
 )
 from fastcontrast.data.matlab import read_mat
+from fastcontrast.train import stage
+from fastcontrast.train.config import SemisupConfig
+from fastcontrast.train.models import semisup_network
 
 FULL = os.environ.get("FASTCONTRAST_DATA")
 
@@ -280,10 +286,31 @@ def test_verify_says_what_is_there(tmp_path, capsys):
     assert states["data_batch_1"] == "other content"
     assert states["unlabeled_X.bin"] == "absent"
     assert states["fold_indices.txt"] == "present"
-    assert cli.main(["data", "verify", str(tmp_path)]) == 0
+    assert cli.main(["data", "verify", str(tmp_path)]) == 1  # of the sizes
     out = capsys.readouterr().out
     assert "100 training images (10 of each of 10 classes), 20 test images; 32 x 32 pixels" in out
     assert "2 folds" in out
+
+
+def test_a_file_cut_between_records_is_named_when_training_starts(tmp_path, capsys, monkeypatch):
+    """It reads as a shorter set. Here a published batch has 20 records."""
+    path = write_cifar10(tmp_path / "cifar-10-batches-bin") / "data_batch_3.bin"
+    layout = sets.LAYOUTS["cifar10"]
+    sizes = dict.fromkeys(layout.files, (20 * 3073, ""))
+    monkeypatch.setitem(sets.LAYOUTS, "cifar10", dataclasses.replace(layout, files=sizes))
+    assert other_sizes(tmp_path) == other_sizes("sample") == ""
+    assert cli.main(["data", "verify", str(tmp_path)]) == 0
+    _cut(path, 15 * 3073)
+    assert load_dataset(tmp_path).train_images.shape[0] == 85
+    assert cli.main(["data", "verify", str(tmp_path)]) == 1
+    said = f"warning: not the published CIFAR-10 (binary), but cut off or another set: {path} ("
+    assert said not in capsys.readouterr().out
+    config = SemisupConfig(data=str(tmp_path), labels_per_class=1, device="cpu")
+    stage.prepare(config, semisup_network, open_folder=False)
+    assert capsys.readouterr().out == said + "15,365 bytes, not 61,460)\n"
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="data_batch_3"):
+        load_dataset(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from matplotlib.image import imread
 from torch import nn
 
 from fastcontrast.data import ImageDataset
-from fastcontrast.train.config import SemisupConfig
+from fastcontrast.train import plots
+from fastcontrast.train.config import SemisupConfig, SpatialConfig
 from fastcontrast.train.evaluation import embed, neighbour_errors, pixel_errors, triplet_error
 from fastcontrast.train.plots import plot_curve, plot_run, principal_directions
 from fastcontrast.train.probes import linear_probe
@@ -58,12 +59,11 @@ def test_principal_directions_of_a_known_cloud():
 def test_pictures_are_drawn_without_a_display(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     run = RunFolder(tmp_path)
-    for record in (
-        {"step": 10, "loss_labelled": 1.0, "loss_unlabelled": 0.0, "loss": 1.0},
-        {"step": 15, "error_1nn": 0.2},
-        {"step": 20, "loss_labelled": 0.01, "loss_unlabelled": 0.5, "loss": 1.0, "error_1nn": 0.1},
-    ):
-        append_metrics(run, record)
+    before = {"loss_labelled": 1.0, "loss_unlabelled": 0.0, "loss": 1.0, "learning_rate": 0.1}
+    after = {"loss_labelled": 0.01, "loss_unlabelled": 0.5, "loss": 1.0, "learning_rate": 0.01}
+    append_metrics(run, {"step": 10, **before})
+    append_metrics(run, {"step": 15, "error_1nn": 0.2})
+    append_metrics(run, {"step": 20, **after, "error_1nn": 0.1})
     generator = torch.Generator().manual_seed(0)
     points, labels = torch.randn(50, 5, generator=generator), torch.arange(50) % 3
     save_embeddings(
@@ -73,7 +73,7 @@ def test_pictures_are_drawn_without_a_display(tmp_path, monkeypatch):
     )  # fmt: skip
     images = (torch.rand(50, 3, 8, 8, generator=generator) * 255).byte()
     data = ImageDataset("tiny", images, labels, images, labels, ("a", "b", "c"))
-    written = plot_run(run, SemisupConfig(lr_drops=(12, 99)), data)
+    written = plot_run(run, SemisupConfig(), data)
     assert written == [run.curve, run.embedding, run.confusion, run.neighbours]
     for path in written:
         picture = imread(path)
@@ -117,6 +117,27 @@ def test_triplet_error_counts_ties_as_errors():
     points = torch.tensor([[0.0], [1.0], [2.0], [1.0]])
     triplets = torch.tensor([[0, 1, 2], [0, 2, 1], [0, 1, 3]])
     assert triplet_error(points, triplets) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("schedule", ["step", "plateau", "cosine"])
+def test_every_stage_is_marked_where_its_own_rate_fell(tmp_path, monkeypatch, schedule):
+    """Wherever that was: of a plateau nothing but the metrics says it."""
+    drawn, run = {}, RunFolder(tmp_path)
+    rates = {"pretraining": [1.0, 1.0, 0.1, 0.1, 0.01], "finetuned": [0.1, 0.009], "baseline": [1]}
+    for stage, each in rates.items():
+        run.stage(stage).path.mkdir()
+        for step, rate in enumerate(each, 1):
+            append_metrics(run.stage(stage), {"step": step, "loss": 1.0, "learning_rate": rate})
+            append_metrics(run.stage(stage), {"step": step, "error_test": 1.0})
+    monkeypatch.setattr(
+        plots, "plot_curve", lambda records, drops, title, path: drawn.update({path: drops})
+    )
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    data = ImageDataset("tiny", images, torch.arange(2), images, torch.arange(2), ("a", "b"))
+    plot_run(run, SpatialConfig(schedule=schedule, lr_drops=(1,)), data)
+    marked = {"pretraining": [2, 4], "finetuned": [1], "baseline": []}
+    for stage, drops in marked.items():
+        assert drawn[run.stage(stage).curve] == ([] if schedule == "cosine" else drops)
 
 
 def test_no_curve_without_a_loss(tmp_path):

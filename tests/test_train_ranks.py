@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from mnist_files import write_mnist
+from runs_of import assert_same_run as assert_bit_equal
+from runs_of import stop_after
 from safetensors.torch import load_file
 from tolerances import GRADIENT_FLOOR, VALUE_FLOOR, relative_error
 from torch import Tensor
@@ -176,6 +179,19 @@ def check_stop(rank: int, folder: Path) -> None:
     assert (result.step, result.interrupted) == (2, True)
 
 
+def check_resumption(rank: int, folder: Path) -> None:
+    """Runs that were stopped in as many processes, and in one, go on in these."""
+    runs = folder / "runs"
+    if rank == 0:
+        shutil.copytree(runs / "stopped", runs / "resumed-ranks")
+    dist.barrier()
+    for name in ("resumed-ranks", "stopped-one"):
+        assert run(CONFIGS["semisup"], folder, name, resume=True).step == 4
+    if rank == 0:
+        assert_bit_equal(RunFolder(runs / "resumed-ranks"), RunFolder(runs / "semisup-ranks"))
+    dist.barrier()
+
+
 def check_dead_rank(rank: int, folder: Path) -> None:
     """The others end at once, with one line and exit code 1; what was written stays."""
     sample_step = semisup.sample_step
@@ -211,6 +227,7 @@ def work(rank: int, folder: Path) -> None:
             run(CONFIGS[name], folder, f"{name}-ranks")
         check_refusals(folder)
         check_stop(rank, folder)
+        check_resumption(rank, folder)
     check_dead_rank(rank, folder)
     dist.destroy_process_group()
 
@@ -243,10 +260,14 @@ def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
     with in_float64():
         torch.save(first_steps(tmp_path, "one"), tmp_path / "first_steps.pt")
         straight = {name: run(CONFIGS[name], tmp_path, name) for name in WHOLE}
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(patch, 2)
+            assert run(CONFIGS["semisup"], tmp_path, "stopped-one").interrupted
         spawn(work, (tmp_path,), nprocs=WORLD)
         # A run goes on in another number of processes: only seed and step are its state.
         resumed = run(CONFIGS["semisup"], tmp_path, "stopped", resume=True)
     assert_same_run(resumed.run, straight["semisup"].run)
+    assert_same_run(RunFolder(tmp_path / "runs" / "stopped-one"), straight["semisup"].run)
     for name, result in straight.items():
         assert_same_run(RunFolder(tmp_path / "runs" / f"{name}-ranks"), result.run)
 

@@ -13,7 +13,7 @@ from runs_of import assert_same_run, stop_after
 from torch import nn
 
 from fastcontrast import sample_coords
-from fastcontrast.train import contrasts, models, plots, spatial
+from fastcontrast.train import contrasts, loop, models, plots, spatial
 from fastcontrast.train.config import SpatialConfig
 from fastcontrast.train.runs import RunFolder, read_metrics
 from fastcontrast.train.spatial import PatchTargets, contrast_patches, train_spatial
@@ -163,6 +163,32 @@ def test_both_networks_start_from_the_same_weights(config):
     ]
     # Training mode does not use the running statistics, which pretraining moved.
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("step", "advice"),
+    [
+        (3, "--pretraining-learning-rate RATE --init-from {run}/pretraining/checkpoint/step-"),
+        (6, "--learning-rate RATE --pretraining-steps 0 --init-from {run} --name NAME"),
+        (9, "--baseline-learning-rate RATE --name NAME"),
+    ],
+)
+def test_a_nan_in_each_stage_says_which_rate_to_lower(config, monkeypatch, step, advice):
+    take, calls = loop.train_step, []
+
+    def lose(*arguments):
+        calls.append(None)
+        return take(*arguments) * (math.nan if len(calls) == step else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", lose)
+        with pytest.raises(loop.NonFiniteLossError) as caught:
+            train_spatial(config)
+    assert advice.format(run=config.out_dir / "run") in str(caught.value)
+    if step == 6:  # from the contrasted weights
+        lower = {"learning_rate": 0.01, "pretraining_steps": 0, "init_from": str(config.out_dir)}
+        lower["init_from"] += "/run"
+        assert not train_spatial(dataclasses.replace(config, name="other", **lower)).interrupted
 
 
 def test_folds_are_trained_on_one_by_one(config, tmp_path):

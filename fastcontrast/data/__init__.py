@@ -14,7 +14,7 @@ from fastcontrast.data.moving_digits import SequenceDataset, moving_digits
 from fastcontrast.data.sample import mnist_sample
 from fastcontrast.data.sequence_sets import SequenceSet, load_sequence_set
 from fastcontrast.data.sequences import load_sequences
-from fastcontrast.data.sets import SetReport, describe, load_dataset, verify
+from fastcontrast.data.sets import SetReport, describe, load_dataset, other_sizes, verify
 from fastcontrast.data.stl10 import load_stl10
 from fastcontrast.data.svhn import load_svhn
 
@@ -34,6 +34,7 @@ __all__ = [
     "load_svhn",
     "mnist_sample",
     "moving_digits",
+    "other_sizes",
     "read_idx",
     "verify",
 ]

@@ -169,6 +169,39 @@ def load_dataset(
             raise ValueError(f"data is 'sample', which is MNIST; dataset is {name!r}")
         return mnist_sample()
     root = Path(data)
+    name = _name_of_set(root, name)
+    if name == "folder":
+        return load_image_folder(root, image_size)
+    return LAYOUTS[name].load(root)
+
+
+def other_sizes(data: str | os.PathLike[str], name: str = "auto") -> str:
+    """Name the files that are read and do not have the size of the published ones, in one line.
+
+    A file that ends where a record does is read as a shorter set, whoever cut it there.
+
+    Args:
+        data: As in :func:`load_dataset`, which raises what there is to raise.
+        name: As there.
+
+    Returns:
+        The line; empty if there is no such file.
+    """
+    if data == "sample" or (name := _name_of_set(Path(data), name)) == "folder":
+        return ""
+    root, layout, found = Path(data), LAYOUTS[name], []
+    for file, (wanted, _) in layout.files.items():
+        path = _find(root, layout, file)
+        # Compressed files are MNIST's, whose header says how long they are.
+        if wanted and path and path.suffix != ".gz" and path.stat().st_size != wanted:
+            found.append(f"{path} ({path.stat().st_size:,} bytes, not {wanted:,})")
+    if not found:
+        return ""
+    return f"not the published {layout.title}, but cut off or another set: {', '.join(found)}"
+
+
+def _name_of_set(root: Path, name: str) -> str:
+    """Which of ``NAMES`` is wanted; raises what :func:`load_dataset` says."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; wanted one with a data set")
     if name == "auto":
@@ -183,9 +216,7 @@ def load_dataset(
                 "one folder of pictures for each class"
             )
         name = found[0]
-    if name == "folder":
-        return load_image_folder(root, image_size)
-    return LAYOUTS[name].load(root)
+    return name
 
 
 def find_layouts(root: Path) -> list[str]:
@@ -236,10 +267,14 @@ def _report(
         return SetReport(title, files, None, " ".join(str(error).split()))
 
 
+def _find(root: Path, layout: Layout, name: str) -> Path | None:
+    candidates = [root / f / (name + end) for f in layout.folders for end in ("", ".gz")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
 def _verify_file(root: Path, layout: Layout, name: str) -> FileReport:
     wanted_size, wanted_digest = layout.files[name]
-    candidates = [root / f / (name + end) for f in layout.folders for end in ("", ".gz")]
-    path = next((path for path in candidates if path.is_file()), None)
+    path = _find(root, layout, name)
     if path is None:
         state = "absent" if name in layout.optional else "missing"
         return FileReport(root / name, state, 0)

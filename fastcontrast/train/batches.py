@@ -72,11 +72,16 @@ class Pixels:
                 hflip=0.5 if mirror else 0.0, mean=mean, std=std, index=index, seed=seed, step=step,
             ).data[:, 0]  # fmt: skip
         count = len(images) if index is None else len(index)
-        whole = torch.tensor([0, 0, height, width], dtype=torch.int32, device=images.device)
-        boxes = whole.expand(count, 1, 4)
+        boxes = _whole_image(images.device, height, width).expand(count, 1, 4)
         return extract_patches(
             images, boxes, (height, width), mean=mean, std=std, index=index
         )[:, 0]  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _whole_image(device: torch.device, height: int, width: int) -> Tensor:
+    """The box of a whole image, made once: its copy to a GPU waits for all that runs there."""
+    return torch.tensor([0, 0, height, width], dtype=torch.int32, device=device)
 
 
 BYTES = Pixels(128.0, 128.0)

@@ -230,7 +230,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file's content in one move: a reader finds the old or the new, never a part.
 
     Raises:
-        OSError: If it could not be written; the old content is still there.
+        OSError: If it could not be written; the message names it, the old content is still there.
     """
     partial = path.with_name(path.name + _PARTIAL)
     try:
@@ -238,9 +238,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             _flush(file)
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise OSError(f"{path}: could not be written ({error})") from error
 
 
 def _all_in(folder: Path) -> list[Path]:

@@ -87,8 +87,8 @@ class RunConfig:
     amp: bool = False
     """Run the network in bfloat16 where autocast does; losses stay in float32."""
     compile: Literal["off", "default", "reduce-overhead"] = "off"
-    """Run the network through torch.compile; "reduce-overhead" replays CUDA graphs. Results agree
-    up to rounding."""
+    """Run the network through torch.compile; "reduce-overhead" replays CUDA graphs. A step is the
+    eager one up to rounding, which the steps after it carry on."""
     cuda_graphs: bool = False
     """Record network, loss and gradients as one CUDA graph and replay it; on one GPU, without
     --compile. The log counts the loss's time as the network's."""

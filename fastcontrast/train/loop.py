@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -80,6 +80,8 @@ class Task(Generic[Targets]):
         memory: What the loss remembers of earlier steps, alike on all ranks; checkpoints hold it.
         learnt: What the loss itself learns: a part of the model that its passes do not call. On
             every rank it sees the whole batch.
+        restart: Flags that start another run at a lower rate from a checkpoint's WEIGHTS, for the
+            message of a loss that became NaN.
     """
 
     batch_at: Callable[[int], Batch[Targets]]
@@ -94,6 +96,7 @@ class Task(Generic[Targets]):
     forward: Callable[[Callable[..., Any], Tensor], Tensor] = run_network
     memory: nn.Module | None = None
     learnt: nn.Module | None = None
+    restart: str = "--learning-rate RATE --init-from WEIGHTS"
 
 
 def train_step(
@@ -173,10 +176,11 @@ def fit(
 ) -> TrainingState:
     """Train from where ``state`` stands to the task's end, or until asked to stop.
 
-    Every ``log_every`` steps a line goes to the metrics (the one time that the host waits for the
-    device); every ``eval_every`` steps the model is evaluated and a checkpoint written. Both also
-    happen after the last step. A stop is taken after the current step, with a checkpoint. All ranks
-    take every step, and the stop that one of them is asked for; rank 0 evaluates and writes.
+    Every ``log_every`` steps a line goes to the metrics, for which the host waits for the device
+    once; between lines it does not. Every ``eval_every`` steps the model is evaluated and a
+    checkpoint written. Both also happen after the last step. A stop is taken after the current
+    step, with a checkpoint. All ranks take every step, and the stop that one of them is asked for;
+    rank 0 evaluates and writes.
 
     Args:
         model: Trained in place.
@@ -233,14 +237,14 @@ def fit(
         record: dict[str, Any] = {}
         if last or done % log_every == 0:
             means = (state.sums / state.summed_steps).tolist()
-            _require_finite(state.sums, done, run)
+            _require_finite(means, done, task, run)
             record |= dict(zip(task.part_names, means, strict=True))
             record |= {"learning_rate": rate, "speed": clock.read()}
             state = replace(state, sums=torch.zeros_like(state.sums), summed_steps=0)
         best = False
         if evaluating or stopping:
-            _require_finite(state.interval, done, run)
-            _require_finite(torch.stack([p.detach().sum() for p in model.parameters()]), done, run)
+            weights = torch.stack([p.detach().sum() for p in model.parameters()])
+            _require_finite(torch.cat([state.interval, weights]).tolist(), done, task, run)
         if evaluating:
             figures = from_first(lambda: task.evaluate(model if average is None else average))
             record |= figures
@@ -312,11 +316,18 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         restore()
 
 
-def _require_finite(values: Tensor, step: int, run: RunFolder) -> None:
-    if bool(values.isfinite().all()):
+def _require_finite(values: Sequence[float], step: int, task: Task[Any], run: RunFolder) -> None:
+    if all(map(math.isfinite, values)):
         return
     kept = latest_checkpoint(run.checkpoints)
+    advice = "There is no checkpoint yet: start again with --overwrite and a lower rate"
+    if kept:
+        restart = task.restart.replace("WEIGHTS", str(kept / "model.safetensors"))
+        advice = (
+            f"The last good checkpoint is {kept}. --resume keeps the rate; for a lower one start "
+            f"another run: {restart} --name NAME"
+        )
     raise NonFiniteLossError(
         f"the loss or a weight is NaN or infinite at step {step}; a lower learning rate may help. "
-        + (f"The last good checkpoint is {kept}" if kept else "There is no checkpoint yet")
+        + advice
     )

@@ -7,6 +7,7 @@ What has classes on both sides, confusion and neighbours, is in :mod:`fastcontra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ def plot_run(
     written = []
     for folder in (run, *(RunFolder(path) for path in run.stages)):
         name = "" if folder == run else f"{folder.path.name}, "
-        if plot_curve(read_metrics(folder), config.drop_steps, name + setting, folder.curve):
+        records = read_metrics(folder)
+        drops = rate_drops(records) if config.schedule in ("step", "plateau") else []
+        if plot_curve(records, drops, name + setting, folder.curve):
             written.append(folder.curve)
     if not run.embeddings.is_file():
         return written
@@ -134,6 +137,16 @@ def plot_curve(
     figure.suptitle(title, fontsize=12, color=_INK)
     save_figure(figure, path)
     return True
+
+
+def rate_drops(records: Sequence[dict[str, Any]]) -> list[int]:
+    """Steps of the log lines after which the learning rate fell to a tenth, or less.
+
+    Args:
+        records: Lines of metrics.jsonl, of a schedule by steps or plateaus.
+    """
+    rates = [(r["step"], r["learning_rate"]) for r in records if "learning_rate" in r]
+    return [step for (step, rate), (_, lower) in pairwise(rates) if lower < rate / 5]
 
 
 def _draw_errors(axes: Axes, records: Sequence[dict[str, Any]]) -> None:

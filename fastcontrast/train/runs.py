@@ -234,12 +234,15 @@ def append_metrics(run: RunFolder, record: dict[str, Any]) -> None:
     """Append one line to metrics.jsonl and see it to the disk.
 
     Raises:
-        OSError: If it could not be written.
+        OSError: If it could not be written; the message names the file.
     """
-    with open(run.metrics, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(run.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{run.metrics}: could not be written ({error})") from error
 
 
 def read_metrics(run: RunFolder, last_step: int | None = None) -> list[dict[str, Any]]:

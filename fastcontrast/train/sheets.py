@@ -5,6 +5,7 @@ Drawn by :mod:`fastcontrast.train.plots`, which also takes its figures from here
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcontrast.retrieval import nearest_neighbors
+from fastcontrast.train.checkpoints import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,9 +36,9 @@ def open_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG in one move."""
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    write_atomically(path, file.getvalue())
 
 
 def plot_confusion(

@@ -239,6 +239,7 @@ def pretrain(
         ),
         steps=steps,
         memory=queue,
+        restart="--pretraining-learning-rate RATE --init-from WEIGHTS",
     )
     kind = "pixels" if crops else "cells of the feature map"
     announcement = (
@@ -290,6 +291,10 @@ def fine_tune(
         value = F.cross_entropy(scores, targets)
         return value, value.detach()[None]
 
+    again = "--learning-rate RATE"
+    if config.pretraining_steps:
+        again += f" --pretraining-steps 0 --init-from {job.run.path}"
+
     def evaluate(network: nn.Module) -> dict[str, float]:
         return {"error_test": _error(_predict(job, network), dataset.test_labels)}
 
@@ -301,6 +306,7 @@ def fine_tune(
         evaluate=evaluate,
         schedule=replace(config.rates, rate=rate),
         steps=config.steps,
+        restart="--baseline-learning-rate RATE" if name.startswith("baseline") else again,
     )
     announcement = f"{name}: {len(images):,} labelled images, {config.steps:,} steps of {batch}"
     return stage.run_stage(job, job.run.stage(name), model, task, should_stop, announcement)

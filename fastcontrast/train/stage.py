@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.data import ImageDataset, load_dataset
+from fastcontrast.data import ImageDataset, load_dataset, other_sizes
 from fastcontrast.ops.ranks import world_size
 from fastcontrast.train.batches import Pixels, pixels_of
 from fastcontrast.train.checkpoints import (
@@ -112,6 +112,8 @@ def prepare(
 ) -> Job[Config]:
     """Read the data and open the run folder, so that only training is left.
 
+    Files of another size than the published ones are named in a line that is printed.
+
     Args:
         config: What is asked for.
         make: Builds the recipe's network from its name and the number of channels.
@@ -129,6 +131,8 @@ def prepare(
     device = find_device(config.device)
     check_switches(config, device)
     dataset = load_dataset(config.data, config.dataset, config.image_size or None)
+    if warning := other_sizes(config.data, config.dataset):
+        print(f"warning: {warning}", flush=True)
     check(dataset)
     images = dataset.train_images
     network = network_for(images) if config.network == "auto" else config.network
@@ -218,9 +222,7 @@ def run_stage(
             rewind_metrics(run, state.step)
             note_resumption(job.run, config, state.step, "" if run == job.run else run.path.name)
     print(announcement, flush=True)
-    runner = model
-    if config.compile != "off":
-        runner = torch.compile(model, mode=config.compile)
+    runner = model if config.compile == "off" else compiled(model, config.compile)
     with (
         show_progress(task.steps, state.step) as shown,
         tensorboard(shown, run.tensorboard, state.step) as progress,
@@ -243,6 +245,12 @@ def run_stage(
         )
     ended = state.step >= task.steps or task.schedule.is_over(state.watched)
     return Trained(model if average is None else average, state.step, not ended)
+
+
+def compiled(model: nn.Module, mode: str) -> Callable[..., Any]:
+    """Compile a network, with the dropout masks that it has without: the compiler draws others."""
+    options = torch._inductor.list_mode_options(mode)
+    return torch.compile(model, options={**options, "fallback_random": True})
 
 
 def _open_stage(run: RunFolder) -> tuple[bool, Path | None]:
