@@ -34,7 +34,9 @@ TAIL = 4000  # characters of a step's output that are kept
 # A small case of each kernel in every dtype, for the sanitizers, which make kernels 10 to 100
 # times slower; the conformance suite has the rest.
 SANITIZED = "tests/test_gpu.py"
-SANITIZED_TESTS = "triplets_on_the_gpu or patches_on_the_gpu or nearest_on_the_gpu"
+SANITIZED_TESTS = (
+    "triplets_on_the_gpu or patches_on_the_gpu or nearest_on_the_gpu or losses_on_the_gpu"
+)
 
 
 class Gate:

@@ -132,3 +132,10 @@ def total(launches: list[Launch], device: Device, calls: int) -> tuple[float, fl
         lambda launch: launch.low(device), lambda launch: launch.high(device)
     ))  # fmt: skip
     return max(low, calls * CALL), max(high, calls * CALL)
+
+
+def milliseconds(seconds: float | None) -> str:
+    """As the page has them; a dash for what is not known."""
+    if seconds is None:
+        return "–"
+    return f"{1e3 * seconds:.3f}" if seconds < 1e-3 else f"{1e3 * seconds:.2f}"

@@ -2,11 +2,13 @@
 
 ``python -m benchmarks.kernel_resources`` compiles csrc/cuda/*.cu for every architecture, fails if a
 kernel spills registers or has local memory, and writes docs/kernel_resources.md. It needs nvcc and
-no GPU. ``tests/test_cuda_build.py`` runs the same compilation.
+no GPU. ``--check LOG`` reads what a build printed (NVCC_APPEND_FLAGS="-Xptxas=-v") and holds it to
+the same, for every architecture and every kernel of that page; .ci/run does so with the wheel's.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -85,6 +87,22 @@ def problems(found: list[Resources]) -> list[str]:
     ]
 
 
+def shortcomings(log: str) -> list[str]:
+    """What is wrong with a build that should hold all kernels for all architectures."""
+    found = parse(log)
+    lines = problems(found)
+    kernels = set(re.findall(r"^\| `\w+\.cu` \| `(\w+)` \|", TABLE.read_text(), re.MULTILINE))
+    for architecture in ARCHITECTURES:
+        compiled = {r.kernel.split("<")[0] for r in found if r.architecture == architecture}
+        for what, names in (
+            ("lacks", kernels - compiled),
+            ("is not in the table:", compiled - kernels),
+        ):
+            if names:
+                lines.append(f"sm_{architecture} {what} {', '.join(sorted(names))}")
+    return lines
+
+
 def _demangled(names: list[str]) -> list[str]:
     if not names or shutil.which("c++filt") is None:
         return names
@@ -106,8 +124,8 @@ def table(by_file: dict[str, list[Resources]]) -> str:
         "",
         "Written by `python -m benchmarks.kernel_resources` from what `nvcc -Xptxas -v` says; not",
         "measured on a GPU. Registers of a thread: least to most over the kernel's variants",
-        "(element types, vector widths). No kernel spills registers or has local memory; the tests",
-        "hold this where nvcc is installed. With up to 32 registers a multiprocessor can be full.",
+        "(element types, vector widths). No kernel spills registers or has local memory; `.ci/run`",
+        "holds this where nvcc is installed. With up to 32 registers a multiprocessor can be full.",
         "",
         "| file | kernel | variants | "
         + " | ".join(f"sm_{a}" for a in ARCHITECTURES)
@@ -129,7 +147,16 @@ def table(by_file: dict[str, list[Resources]]) -> str:
 
 
 def main() -> None:
-    """Compile, check, write the table."""
+    """Compile, check, write the table; or check what a build printed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", type=Path, metavar="LOG", help="output of a build")
+    log = parser.parse_args().check
+    if log is not None:
+        wrong = shortcomings(log.read_text())
+        if wrong:
+            raise SystemExit("\n".join(wrong))
+        print("CUDA kernels: every architecture, no spills, no local memory")
+        return
     nvcc = find_nvcc()
     if nvcc is None:
         raise SystemExit("no nvcc on PATH or in /usr/local/cuda/bin")

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import pair_model, row_model
+from benchmarks.backend_choice import CALLS, POINTS, bounds_table, choice_table, search_time
 from benchmarks.cases import case_of
-from benchmarks.gpu_model import CALL, DEVICES, Counts, Device, Launch, total
+from benchmarks.gpu_model import CALL, DEVICES, Counts, Device, Launch, milliseconds, total
 from benchmarks.pair_model import Shape
 from benchmarks.patch_cases import SCALE
 from benchmarks.peers import OURS
@@ -30,15 +30,7 @@ from fastcontrast.backends import native
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "roofline.md"
-POINTS = 32768
 LOOPS = ("statistics", "gradients of rows", "gradients of columns")
-# A loss with its gradients by differences (csrc/cuda/distance_softmax.cu): lane operations for each
-# of the M·N·D products, 2 for the scores and 4 for either gradient, at half of the peak.
-LANES_OF_PRODUCT = 10
-# Calls of kernels and operators: of a loss forward and backward by the CUDA C++ kernels, counted in
-# their sources; by Triton's, of nearest and a triplet loss, counted in a run
-# (tests/test_triton_counts.py); of patches, the kernel and a table, and autograd's.
-CALLS = {"native": 8, "triton": 70, "nearest": 50, "triplets": 20, "patches": 2, "back": 4}
 
 
 class Job(NamedTuple):
@@ -59,22 +51,6 @@ class Job(NamedTuple):
     calls: int
     products: float = 0.0
     goals: tuple[float, ...] = ()
-
-
-def differences_time(device: Device, products: float) -> float:
-    """Seconds that the lanes take for a loss with its gradients by differences."""
-    return LANES_OF_PRODUCT * products / (device.rate("floats") / 2)
-
-
-def small_problem(device: Device) -> float:
-    """M·N·D at which that is what the calls take that Triton's way has more."""
-    saved = (CALLS["triton"] - CALLS["native"]) * CALL
-    return saved / differences_time(device, 1.0)
-
-
-def few_columns(device: Device) -> float:
-    """N at which differences take as long as memory does, for four reads or writes of the rows."""
-    return 16.0 / device.memory / differences_time(device, 1.0)
 
 
 def loss_job(
@@ -193,12 +169,6 @@ def gemms(job: Job, device: Device) -> float:
     return job.products / device.rate("matrix")
 
 
-def _number(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    return f"{1e3 * seconds:.3f}" if seconds < 1e-3 else f"{1e3 * seconds:.2f}"
-
-
 def slowest(job: Job, device: Device) -> str:
     """The launch that takes longest, and its unit."""
     launch = max(job.launches[device.name], key=lambda launch: launch.high(device))
@@ -217,15 +187,15 @@ def table(jobs: list[Job], compared: str) -> str:
     for job in jobs:
         for device in DEVICES:
             low, high = total(job.launches[device.name], device, job.calls)
-            cells = [job.name, device.name, _number(limit(job, device))]
+            cells = [job.name, device.name, milliseconds(limit(job, device))]
             if compared:
                 whole = gemms(job, device)
                 goal = " / ".join(f"{g:.2f}" for g in job.goals) or "–"
-                cells += [_number(whole), _number(low), _number(high)]
+                cells += [milliseconds(whole), milliseconds(low), milliseconds(high)]
                 cells += [f"{whole / high:.2f} to {whole / low:.2f}", goal]
             else:
-                cells += [_number(low), _number(high)]
-            cells += [slowest(job, device), _number(measured(job, device))]
+                cells += [milliseconds(low), milliseconds(high)]
+            cells += [slowest(job, device), milliseconds(measured(job, device))]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -246,44 +216,10 @@ def symmetric_table() -> str:
             single = pair_model.statistics(own, device)
             lines.append(
                 f"| {metric} | {device.name} | {high[0] / low[0]:.2f} to {high[1] / low[1]:.2f} | "
-                f"{_number(joint.low(device))} to {_number(joint.high(device))} | "
-                f"{_number(2 * single.low(device))} to {_number(2 * single.high(device))} |"
+                f"{milliseconds(joint.low(device))} to {milliseconds(joint.high(device))} | "
+                f"{milliseconds(2 * single.low(device))} to "
+                f"{milliseconds(2 * single.high(device))} |"
             )
-    return "\n".join(lines)
-
-
-def native_loss(shape: Shape, device: Device) -> float:
-    """Seconds at least of the CUDA C++ kernels: by differences, or by mma.sync where that pays.
-
-    csrc/cuda/distance_softmax_tensor.cu: 64 owners a block, others from the L2 cache. Launches that
-    round points and merge parts are left out.
-    """
-    scores = float(shape.m) * shape.n
-    products, calls = scores * shape.dim, CALLS["native"] * CALL
-    if products <= native.SMALL_ON_CUDA:
-        return max(calls, differences_time(device, products))
-    traffic = Counts(cache=2.0 * products / 64)
-    rows = pair_model.units(pair_model.SCORE[shape.metric], scores)
-    rows = rows + pair_model.units(pair_model.STATISTICS[shape.metric], scores)
-    side = pair_model.units(pair_model.GRADIENTS[shape.metric], scores)
-    seconds = device.overlapped(traffic + rows + {"matrix": products / device.warp_products})
-    matrix = {"matrix": 2 * products / device.warp_products}
-    return max(calls, seconds + 2 * device.overlapped(traffic + side + matrix))
-
-
-def choice_table() -> str:
-    """At least, in milliseconds: CUDA C++ and Triton, over M = N at D = 128, l2, bfloat16."""
-    sizes = (256, 1024, 2048, 4096, 8192, POINTS)
-    lines = [
-        "| GPU | way | " + " | ".join(f"M = {m}" for m in sizes) + " |",
-        "| --- | --- " + "| --- " * len(sizes) + "|",
-    ]
-    for device in DEVICES:
-        shapes = [Shape(m, m, 128) for m in sizes]
-        own = " | ".join(_number(native_loss(shape, device)) for shape in shapes)
-        pairs = [total(pair_model.loss(s, device), device, CALLS["triton"]) for s in shapes]
-        other = " | ".join(f"{_number(a)} to {_number(b)}" for a, b in pairs)
-        lines += [f"| {device.name} | CUDA C++ | {own} |", f"| | Triton | {other} |"]
     return "\n".join(lines)
 
 
@@ -314,10 +250,7 @@ def launches_text(jobs: list[Job]) -> str:
 def page() -> str:
     """Text of docs/roofline.md."""
     loop = {name: pair_model.COMPILED[90, name, "l2"][0] for name in LOOPS}
-    bound = int(math.log2(native.SMALL_ON_CUDA))
-    small = ", ".join(f"2^{math.log2(small_problem(d)):.1f} ({d.name})" for d in DEVICES)
-    # Two lane operations a product (csrc/cuda/nearest.cu), at half of the peak.
-    search = 2e3 * POINTS**2 * 128 / (DEVICES[0].rate("floats") / 2)
+    search = search_time(DEVICES[0], POINTS**2 * 128.0)
     return f"""# The limit, by the model
 
 Written by `python -m benchmarks.roofline`; `tests/test_roofline.py` holds it to the kernels.
@@ -395,21 +328,27 @@ box, for four pixels: {row_model.COMPILED["patches drawn and cut"]:.0f} instruct
 
 ## CUDA C++ or Triton
 
-`backend=None` takes `distance_softmax` in CUDA C++ up to M·N·D = 2^{bound} or \
-{native.FEW_COLUMNS} columns, and in Triton beyond
-([design](design.md), section 5). By differences CUDA C++ takes less than Triton's calls up to
-{small}.
-At least, l2, bfloat16, D = 128, with {CALLS["native"]} calls by the host against {CALLS["triton"]}:
+`backend=None` takes CUDA C++, where it was built, up to a size and Triton beyond
+([design](design.md), section 5): what saves calls of the host is faster until its arithmetic takes
+as long as they did. M·N·D at which it does; the table of the backends has the power of two in the
+middle, one for all GPUs:
+
+{bounds_table()}
+
+A loss of up to {native.FEW_COLUMNS} columns waits for memory in both, and stays in CUDA C++ at any
+size. At least, l2, bfloat16, D = 128, with {CALLS["native"]} calls by the host against \
+{CALLS["triton"]}:
 
 {choice_table()}
 
-* Up to the bound of the table the choice is what the model says.
-* Beyond, CUDA C++ has matrix units as well, and Triton's calls take longer than its kernels up to
-  M = N = 4096: the model would keep CUDA C++ up to there. At M = N = {POINTS} it cannot tell them
-  apart before CUDA C++'s loops have been counted. The table waits for a GPU.
-* `nearest` goes to CUDA C++ wherever it was built. Its differences take {search:.0f} ms on an
-  H200 at the shape above, where Triton's products take a tenth: right for few rows, small problems
-  and graphs, which it was made for, and not for large ones.
+* Matrix units take half points, and float32 where the precision allows rounding. Of CUDA C++'s
+  loops the least is known and not what the compiler made of them: twice that is compared, as
+  Triton's compiled loops take twice theirs. At M = N = {POINTS} the model cannot tell the two
+  apart before they have been counted.
+* The differences of `nearest` take {1e3 * search:.0f} ms on an H200 at the shape above, where \
+Triton's products
+  take a tenth. Triton's waits for the device, so a CUDA graph takes CUDA C++ at any size, and so
+  does compiled code, which may become one.
 * Triplets and patches move the same bytes in both; the host's microseconds decide, as said there,
   and for patches drawn and cut at once the instructions.
 """

@@ -139,6 +139,9 @@ def _backends() -> Iterator[str]:
             probe = torch.empty(0, device=device)
             runs = backends.resolve(op, probe)
             yield f"{op} on {device}: {runs}"
+            rule = native.size_rule(op) if device == "cuda" and runs == "native" else None
+            if rule is not None and backends.why_not("triton", op, probe) is None:
+                yield f"  by size: triton {rule}"
             for name in backends.BACKENDS:
                 reason = backends.why_not(name, op, probe)
                 yield f"  {name}: {'can run' if reason is None else reason}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from variants import variants
 
 import fastcontrast
-from fastcontrast import backends
+from fastcontrast import backends, doctor
 from fastcontrast.backends import native, triton
 from fastcontrast.doctor import report
 
@@ -112,25 +113,73 @@ def test_why_a_cuda_tensor_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_large_problems_on_cuda_are_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    with FakeTensorMode():
-        few, fewer, many, wide = (
-            torch.empty(n, 128, device="cuda") for n in (16, 1023, 1025, 1 << 20)
-        )
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(native, "why_not", lambda op, tensor: None)
     monkeypatch.setattr(triton, "why_not", lambda op, tensor: None)
 
-    def chosen(x: Tensor, y: Tensor, op: str = "distance_softmax") -> str:
-        return backends.resolve(op, x, others=y)
+    def chosen(m: int, n: int, op: str = "distance_softmax", **how: Any) -> str:
+        dtype = how.pop("dtype", torch.float32)
+        with FakeTensorMode():
+            x, y = (torch.empty(size, 128, dtype=dtype, device="cuda") for size in (m, n))
+        return backends.resolve(op, x, others=y, **how)
 
-    assert chosen(many, fewer) == "native"  # 1025 · 1023 is less than 2^20
-    assert chosen(wide, few) == "native"
-    assert chosen(many, many) == "triton"
-    assert chosen(many, many, "triplet_distances") == "native"
-    assert backends.resolve("distance_softmax", many, "native", others=many) == "native"
+    assert chosen(1024, 2048) == "native"  # 2^28 with 2^7 dimensions
+    assert chosen(1025, 2048) == "triton"
+    assert chosen(1 << 20, 16) == "native"
+    assert chosen(1 << 20, 1 << 20, "triplet_distances") == "native"
+    assert chosen(1 << 20, 1 << 20, backend="native") == "native"
+    rounded: tuple[dict[str, Any], ...] = ({"dtype": torch.bfloat16}, {"precision": "tf32"})
+    for how in rounded:
+        assert chosen(4096, 8192, **how) == "native"
+        assert chosen(4097, 8192, **how) == "triton"
+    assert chosen(1025, 2048, precision="auto") == "triton"
+    assert chosen(1025, 2048, dtype=torch.float64, precision="tf32") == "triton"
+    assert chosen(2048, 4096, "nearest") == "native"
+    assert chosen(2049, 4096, "nearest") == "triton"
+    capturing[0] = True  # Triton's search waits for the device
+    assert chosen(1 << 20, 1 << 20, "nearest") == "native"
+    assert chosen(1 << 20, 1 << 20) == "triton"
+    capturing[0] = False
     cpu = torch.empty(1, 1).expand(1 << 20, 128)
-    assert chosen(cpu, cpu) == "native"
+    assert backends.resolve("distance_softmax", cpu, others=cpu) == "native"
     monkeypatch.setattr(triton, "why_not", lambda op, tensor: "not installed")
-    assert chosen(many, many) == "native"
+    assert chosen(1025, 2048) == "native"
+
+
+def test_every_pairwise_call_brings_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns and precision, once "auto" is known: what the choice is made by."""
+    seen: list[tuple[str, int | None, str]] = []
+    resolve = backends.resolve
+
+    def spied(op: str, tensor: Tensor, backend: str | None = None, **how: Any) -> str:
+        others = how.get("others")
+        seen.append((op, None if others is None else others.shape[0], how.get("precision", "")))
+        return resolve(op, tensor, backend, **how)
+
+    monkeypatch.setattr(backends, "resolve", spied)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    x, y = torch.randn(3, 2, requires_grad=True), torch.randn(5, 2)
+    fastcontrast.distance_softmax(x, y, precision="auto")
+    fastcontrast.info_nce_loss(x, y, precision="auto")
+    fastcontrast.nearest(x, y, 1)
+    assert seen == [
+        ("distance_softmax", 5, "tf32"), ("distance_softmax", 5, "tf32"), ("nearest", 5, ""),
+    ]  # fmt: skip
+
+
+def test_the_report_says_where_triton_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native, "why_not", lambda op, tensor: None)
+    monkeypatch.setattr(triton, "why_not", lambda op, tensor: None)
+    with FakeTensorMode():
+        lines = list(doctor._backends())
+    assert [line for line in lines if line.startswith("  by size: triton beyond M·N·D = 2^")] == [
+        "  by size: triton beyond M·N·D = 2^28 (2^32 of half points or with rounded products), "
+        "but for up to 16 columns",
+        "  by size: triton beyond M·N·D = 2^30, but for graphs and compiled code",
+    ]
+    assert "  by size" in lines[lines.index("nearest on cuda: native") + 1]
 
 
 def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

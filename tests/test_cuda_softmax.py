@@ -1,12 +1,10 @@
 """What is the CUDA kernels' own in `distance_softmax`: splits, matrix units, the choice of kernels.
 
 The conformance suite is the other half. In the emulation, which shows addresses, barriers, masks
-and the rounding of operands and weights, not the sums of a matrix unit.
+and the rounding of operands and weights, not the sums of a matrix unit; and on a GPU, where one is.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import cuda_emulation
 import pytest
@@ -15,20 +13,32 @@ from cases import METRICS, Case, case, mask_options, operands
 from test_distance_softmax import GRADIENTS, VALUES, evaluate
 from tolerances import GRADIENT_FLOOR, VALUE_FLOOR, assert_within_budget, relative_error
 from torch import Tensor
+from variants import on_every_backend
 
 import fastcontrast as fc
+from fastcontrast.backends import native
 
-REASON = cuda_emulation.why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = on_every_backend("distance_softmax", ("emulated_cuda", "cuda"))
 KERNELS = "fastcontrast.backends.native.distance_softmax_cuda"
 # Half a unit in the last place of the mantissa kept.
 ROUNDING = {"tf32": 2.0**-11, "bf16x3": 2.0**-16, "bf16": 2.0**-8}
 
 
 @pytest.fixture(autouse=True)
-def _emulated() -> Iterator[None]:
-    with cuda_emulation.active():
-        yield
+def _on_cuda(backend: str) -> None:
+    """Every test runs the CUDA kernels, wherever that is."""
+
+
+@pytest.fixture
+def is_emulated(request: pytest.FixtureRequest) -> bool:
+    return request.node.callspec.params["backend"].device == "emulated_cuda"
+
+
+@pytest.fixture
+def emulated(is_emulated: bool) -> None:
+    """Of copies, or of the order of threads: what a GPU does not tell."""
+    if not is_emulated:
+        pytest.skip("the emulation alone can tell")
 
 
 @pytest.fixture
@@ -76,6 +86,7 @@ STAGED = {
 def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many owners on a small GPU: a block goes through several groups of them."""
     monkeypatch.setattr(KERNELS + ".BLOCKS_PER_PROCESSOR", 1)
+    monkeypatch.setattr(native.devices, "processors", lambda tensor: 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -89,7 +100,7 @@ def test_columns_in_shared_memory(shape: str, dtype: torch.dtype, one_block: Non
 
 
 @pytest.mark.parametrize("side", ["rows", "columns"])
-def test_few_columns_and_rows_are_read_once(side: str, one_block: None) -> None:
+def test_few_columns_and_rows_are_read_once(side: str, one_block: None, emulated: None) -> None:
     """One block for all groups: every coordinate is copied once forward, and once backward."""
     x = torch.randn(100, 48, requires_grad=side == "rows")
     y = torch.randn(40, 48, requires_grad=side == "columns")
@@ -107,7 +118,9 @@ def test_few_columns_and_rows_are_read_once(side: str, one_block: None) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_groups_of_rows_change_no_bit(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_rows_change_no_bit(
+    groups: int, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In any order of threads: one that runs ahead meets the owners of the group before."""
     x, y = torch.randn(90, 70), torch.randn(70, 70)
     rows: list[list[Tensor]] = []
@@ -166,7 +179,12 @@ def symmetric_loss(x: Tensor, y: Tensor, metric: str, backend: str) -> list[Tens
 @pytest.mark.parametrize("kernels", ["differences", "matrix units", "double"])
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 def test_columns_of_symmetric_losses(
-    metric: str, kernels: str, groups: int, many_blocks: None, monkeypatch: pytest.MonkeyPatch
+    metric: str,
+    kernels: str,
+    groups: int,
+    is_emulated: bool,
+    many_blocks: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From the rows' scores, several groups of rows to a block, several blocks to a column."""
     m, n = 140, 150  # three groups of 64 rows, five of 32; tiles of 32 and 64 columns
@@ -177,10 +195,11 @@ def test_columns_of_symmetric_losses(
     dtype = torch.float64 if kernels == "double" else torch.float32
     x, y = torch.randn(m, 21, dtype=dtype), torch.randn(n, 21, dtype=dtype)
     x[3], y[7] = x[3] * 40, y[7] * 40  # largest scores that do not come first
-    cuda_emulation.module().launches()
+    launches = cuda_emulation.module().launches if is_emulated else lambda: 0
+    launches()
     found = symmetric_loss(x, y, metric, "native")
     # Statistics, the merging of rows and of columns, losses, two gradients; and both sides rounded.
-    assert cuda_emulation.module().launches() == (8 if kernels == "matrix units" else 6)
+    assert launches() == (8 if kernels == "matrix units" else 6) * is_emulated
     truth = symmetric_loss(x.double(), y.double(), metric, "reference")
     # A score of size s moves by s units in the last place; s is about 20, and where it is 2000, one
     # score has all the mass. Float32's own units are 2^-24.
@@ -215,7 +234,7 @@ def test_losses_with_near_pairs(
 
 
 def test_results_do_not_depend_on_the_order_of_threads(
-    matrix_units: None, many_blocks: None
+    matrix_units: None, many_blocks: None, emulated: None
 ) -> None:
     x, y = torch.randn(40, 40), torch.randn(70, 40)
     y[5:30] = x[5:30] + 1e-4

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tolerances import relative_error
 from torch import Tensor
 
 import fastcontrast as fc
 from fastcontrast import backends
 from fastcontrast.backends import native
 
+DEVICE = "cuda"
+LOSS_KERNELS = "fastcontrast.backends.native.distance_softmax_cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
@@ -120,6 +123,75 @@ def test_nearest_on_the_gpu(dtype: torch.dtype) -> None:
             torch.testing.assert_close(values, truth.values, rtol=limit, atol=limit)
 
 
+# Types of points, how products may be rounded, rows and columns, and the relative error allowed:
+# 64 units in the last place of what is not rounded, and of rounded scores of size 20 as many units.
+LOSSES = {
+    "differences": (torch.float32, "ieee", 140, 1100, 2.0**-18),
+    "columns in shared memory": (torch.float32, "ieee", 140, 200, 2.0**-18),
+    "double": (torch.float64, "ieee", 70, 150, 2.0**-46),
+    "bfloat16": (torch.bfloat16, "auto", 140, 200, 2.0**-6),
+    "float16": (torch.float16, "auto", 140, 200, 2.0**-9),
+    "tf32": (torch.float32, "tf32", 140, 200, 20 * 2.0**-11),
+    "bf16x3": (torch.float32, "bf16x3", 140, 200, 20 * 2.0**-16),
+    "bf16": (torch.float32, "bf16", 140, 200, 20 * 2.0**-8),
+}
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
+@pytest.mark.parametrize("kernels", LOSSES)
+def test_losses_on_the_gpu(kernels: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of points with near pairs; by few blocks, each with several groups of rows, and by many."""
+    needs("distance_softmax")
+    monkeypatch.setattr(LOSS_KERNELS + ".TENSOR_MINIMUM", 0)
+    dtype, precision, m, n, limit = LOSSES[kernels]
+    x, y = torch.randn(m, 70), torch.randn(n, 70)
+    y[: m // 2] = x[: m // 2] + 1e-3 * torch.randn(m // 2, 70)
+    x, y = x.to(dtype), y.to(dtype)
+    for metric in ("l2", "dot"):
+
+        def loss_of(
+            x: Tensor, y: Tensor, backend: str, precision: str, metric: str = metric
+        ) -> list[Tensor]:
+            a, b = x.requires_grad_(), y.requires_grad_()
+            loss = fc.info_nce_loss(
+                a, b, metric=metric, temperature=3.0, symmetric=symmetric, precision=precision,
+                backend=backend,
+            )  # fmt: skip
+            return [loss.detach(), *torch.autograd.grad(loss, [a, b])]
+
+        truth = loss_of(x.double(), y.double(), "reference", "ieee")
+        for processors in (1, 1000):
+            monkeypatch.setattr(native.devices, "processors", lambda _, count=processors: count)
+            found = loss_of(x.clone().to(DEVICE), y.clone().to(DEVICE), "native", precision)
+            for mine, true in zip(found, truth, strict=True):
+                assert relative_error(mine.cpu(), true) < limit
+
+
+def test_a_captured_softmax_loss_is_that_of_an_eager_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("distance_softmax")
+    monkeypatch.setattr(LOSS_KERNELS + ".TENSOR_MINIMUM", 0)
+    x, y, _ = points(rows=200)
+
+    def loss_of(precision: str) -> list[Tensor]:
+        leaves = [p.detach().requires_grad_() for p in (x, y)]
+        loss = fc.info_nce_loss(*leaves, symmetric=True, precision=precision, backend="native")
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    for precision in ("ieee", "tf32", "bf16x3"):
+        truth = loss_of(precision)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            loss_of(precision)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            found = loss_of(precision)
+        for _ in range(2):
+            graph.replay()
+            assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
 def test_a_captured_search_is_that_of_an_eager_call() -> None:
     needs("nearest")
     x, y, _ = points()
@@ -136,6 +208,7 @@ def test_a_captured_search_is_that_of_an_eager_call() -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
+    needs("distance_softmax")
     needs("extract_patches")
     needs("nearest")
     needs("triplet_distances")
@@ -148,6 +221,10 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode(mode)
         loss_and_gradients(inputs)
         fc.nearest(inputs[0], inputs[1], 300, metric="cosine", backend="native")
+        fc.nearest(inputs[0], inputs[1], 3)
+        for precision in ("ieee", "bf16"):
+            leaves = [x.requires_grad_() for x in inputs[:2]]
+            fc.info_nce_loss(*leaves, precision=precision, backend="native").backward()
         module(images).data.sum().backward()
         for wish in PATCHES.values():
             fc.random_patches(images, 4, 8, seed=1, step=step, **wish).data.sum().backward()

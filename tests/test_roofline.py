@@ -22,7 +22,7 @@ from fastcontrast.backends.triton import launch as launches
 if triton.IMPORT_PROBLEM is not None:
     pytest.skip(triton.IMPORT_PROBLEM, allow_module_level=True)
 
-from benchmarks import pair_model, roofline
+from benchmarks import backend_choice, pair_model, roofline
 from benchmarks.gpu_model import DEVICES, Counts, Device
 from benchmarks.pair_model import Shape
 
@@ -70,11 +70,14 @@ def test_measured_times_are_those_of_the_case_and_the_gpu(
     assert roofline.measured(job, A100) is None
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
-def test_the_choice_of_cuda_kernels_is_what_the_model_says(device: Device) -> None:
-    """Within a factor of five, for want of a measurement, on GPUs this unlike."""
-    assert 1 / 5 < native.SMALL_ON_CUDA / roofline.small_problem(device) < 5
-    assert 1 / 5 < native.FEW_COLUMNS / roofline.few_columns(device) < 5
+def test_the_choice_of_cuda_kernels_is_what_the_model_says() -> None:
+    """The power of two in the middle of GPUs this unlike, and within a factor of three of each."""
+    for name, largest, bound in backend_choice.BOUNDS:
+        sizes = [math.log2(largest(device)) for device in DEVICES]
+        assert bound == 1 << round(sum(sizes) / len(sizes)), name
+        assert all(abs(size - math.log2(bound)) < math.log2(3) for size in sizes), name
+    for device in DEVICES:
+        assert 1 / 5 < native.FEW_COLUMNS / backend_choice.few_columns(device) < 5
 
 
 LOOPS = [

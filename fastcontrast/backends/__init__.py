@@ -34,7 +34,12 @@ def why_not(backend: str, op: str, tensor: Tensor) -> str | None:
 
 
 def resolve(
-    op: str, tensor: Tensor, backend: str | None = None, *, others: Tensor | None = None
+    op: str,
+    tensor: Tensor,
+    backend: str | None = None,
+    *,
+    others: Tensor | None = None,
+    precision: str = "ieee",
 ) -> str:
     """Name of the backend that runs ``op`` on tensors like ``tensor``.
 
@@ -44,6 +49,7 @@ def resolve(
         backend: A name asks for that backend alone; None takes the fastest that can run, those in
             :data:`ONLY_BY_NAME` left out.
         others: The columns of a pairwise op: with them its size decides as well.
+        precision: How its products may be rounded; "auto" where that is not known yet.
 
     Raises:
         ValueError: If ``backend`` is not the name of a backend.
@@ -53,7 +59,7 @@ def resolve(
         for name, module in BACKENDS.items():
             unasked = (name, tensor.device.type) not in ONLY_BY_NAME
             if unasked and module.why_not(op, tensor) is None:
-                return _faster(name, op, tensor, others)
+                return _faster(name, op, tensor, others, precision)
         raise RuntimeError(
             f"no backend runs {op} on {tensor.device.type} tensors of {tensor.dtype}"
         )
@@ -65,11 +71,11 @@ def resolve(
     return backend
 
 
-def _faster(name: str, op: str, tensor: Tensor, others: Tensor | None) -> str:
+def _faster(name: str, op: str, tensor: Tensor, others: Tensor | None, precision: str) -> str:
     """``name``, or the backend that it leaves a call of this size to, where that one can run."""
     if name != "native" or others is None:
         return name
-    other = native.leaves_to(op, tensor, others)
+    other = native.leaves_to(op, tensor, others, precision)
     return name if other is None or why_not(other, op, tensor) is not None else other
 
 

@@ -136,16 +136,18 @@ def distance_softmax(
     if metric == "cosine":
         x, y, metric = normalized(x), normalized(y), "dot"
     check_scale("scale", scale, x)
-    backend = backends.resolve("distance_softmax", x, backend, others=y)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # the operator asks when it runs
+        precision = effective_precision(precision, x)
+    backend = backends.resolve("distance_softmax", x, backend, others=y, precision=precision)
 
-    if torch.compiler.is_compiling():
+    if compiling:
         scale_tensor = torch.as_tensor(scale, dtype=accumulator_dtype(x.dtype), device=x.device)
         lse, _, entropy, total, count, rank = torch.ops.fastcontrast.distance_softmax(
             x, y, scale_tensor, metric, exclude, row_ids, column_ids, keep, threshold, score_sum,
             precision, backend,
         )  # fmt: skip
     else:
-        precision = effective_precision(precision, x)
         scores = Scores(metric, scale, exclude, row_ids, column_ids, keep, precision)
         scale_input = scale if isinstance(scale, Tensor) else None
         lse, _, entropy, total, count, rank = _EagerDistanceSoftmax.apply(

@@ -98,7 +98,7 @@ def nearest(
     if metric == "cosine" and dtype == torch.float64:
         # Kernels square in float64, where numbers of this size could overflow.
         x, y = normalized(x), normalized(y)
-    backend = backends.resolve("nearest", x, backend)
+    backend = backends.resolve("nearest", x, backend, others=y)
     function = _nearest_op if torch.compiler.is_compiling() else _nearest
     return Nearest(
         *function(x, y, k, metric, farthest, exclude, row_ids, column_ids, keep, backend)

@@ -90,8 +90,8 @@ def sharded_softmax(
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = x.to(dtype), y.to(dtype)
     check_choice("precision", precision, PRECISION_CHOICES)
-    backend = backends.resolve("distance_softmax", x, backend)
     precision = effective_precision(precision, x)
+    backend = backends.resolve("distance_softmax", x, backend, others=y, precision=precision)
     if exclude is not None and exclude.dim() == 1:
         exclude = exclude[:, None]
     scores = Scores(metric, scale, exclude, row_ids, column_ids, keep, precision)

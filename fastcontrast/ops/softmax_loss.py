@@ -85,8 +85,8 @@ def softmax_loss(
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = x.to(dtype), y.to(dtype)
     check_choice("precision", precision, PRECISION_CHOICES)
-    backend = backends.resolve("distance_softmax", x, backend, others=y)
     precision = effective_precision(precision, x)
+    backend = backends.resolve("distance_softmax", x, backend, others=y, precision=precision)
     exclude = _left_out(target, own)
     scores = Scores(metric, scale, exclude, None, None, "all", precision)
     scale_input = scale if isinstance(scale, Tensor) else None

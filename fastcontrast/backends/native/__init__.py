@@ -37,11 +37,16 @@ CUDA_DTYPES = {
     "triplet_distances": FLOATING,
 }
 
-# Multiplications M·N·D of a product up to which the CUDA kernels of `distance_softmax` are faster
-# than Triton's, by the launches that they save, and columns up to which both wait for memory:
-# benchmarks/roofline.py.
-SMALL_ON_CUDA = 1 << 27
+# Multiplications M·N·D of a product up to which the CUDA kernels are faster than Triton's, by the
+# launches that they save: of `distance_softmax` by differences and in matrix units, and of
+# `nearest`. And columns up to which `distance_softmax` waits for memory in both. What these are by
+# the model, tests/test_roofline.py says.
+DIFFERENCES_ON_CUDA, PRODUCTS_ON_CUDA, SEARCH_ON_CUDA = 1 << 28, 1 << 32, 1 << 30
 FEW_COLUMNS = 16
+# From which the CUDA kernels of `distance_softmax` use matrix units where rounding is allowed:
+# below, differences in float32 take less time than rounding both sides first. With FEW_COLUMNS they
+# do at any size: they wait for the memory that rounded rows would be written to and read from.
+TENSOR_MINIMUM = 1 << 27
 
 
 def why_not(op: str, tensor: Tensor) -> str | None:
@@ -60,12 +65,39 @@ def why_not(op: str, tensor: Tensor) -> str | None:
     return None
 
 
-def leaves_to(op: str, rows: Tensor, columns: Tensor) -> str | None:
+def leaves_to(op: str, rows: Tensor, columns: Tensor, precision: str) -> str | None:
     """Backend that is faster than this one on a call of such points, where it can run; or None."""
-    if op != "distance_softmax" or rows.device.type != "cuda":
+    if rows.device.type != "cuda":
         return None
-    size = rows.shape[0] * columns.shape[0] * rows.shape[1]
-    return None if size <= SMALL_ON_CUDA or columns.shape[0] <= FEW_COLUMNS else "triton"
+    if op == "nearest":
+        # Triton's waits for the device: no graph can hold it, and compiled code may become one.
+        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return None
+        largest = SEARCH_ON_CUDA
+    elif op == "distance_softmax" and columns.shape[0] > FEW_COLUMNS:
+        largest = PRODUCTS_ON_CUDA if may_round(rows.dtype, precision) else DIFFERENCES_ON_CUDA
+    else:
+        return None
+    return "triton" if rows.shape[0] * columns.shape[0] * rows.shape[1] > largest else None
+
+
+def may_round(dtype: torch.dtype, precision: str) -> bool:
+    """Whether matrix units may take products of such points; what "auto" will say is not known."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half or (dtype == torch.float32 and precision not in ("ieee", "auto"))
+
+
+def size_rule(op: str) -> str | None:
+    """When :func:`leaves_to` hands a call on CUDA to Triton, in words; None for never."""
+    differences, products, search = (
+        f"2^{bound.bit_length() - 1}"
+        for bound in (DIFFERENCES_ON_CUDA, PRODUCTS_ON_CUDA, SEARCH_ON_CUDA)
+    )
+    return {
+        "distance_softmax": f"beyond M·N·D = {differences} ({products} of half points or with "
+        f"rounded products), but for up to {FEW_COLUMNS} columns",
+        "nearest": f"beyond M·N·D = {search}, but for graphs and compiled code",
+    }.get(op)
 
 
 def build_info() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcontrast.backends.native import FEW_COLUMNS, devices
+from fastcontrast.backends.native import FEW_COLUMNS, TENSOR_MINIMUM, devices, may_round
 from fastcontrast.backends.native.extract_patches import SCALARS
 from fastcontrast.backends.scores import (
     KEEPS,
@@ -34,10 +34,6 @@ from fastcontrast.backends.scores import (
     statistics_of_nothing,
 )
 
-# Multiplications of a product, M·N·D, from which matrix units are used where rounding is allowed:
-# below, differences in float32 take less time than rounding both sides first. With FEW_COLUMNS they
-# do at any size: they wait for the memory that rounded rows would be written to and read from.
-TENSOR_MINIMUM = 1 << 27
 # Blocks per multiprocessor that a launch should have; fewer owners share out the other side.
 BLOCKS_PER_PROCESSOR = 3
 # Columns up to which blocks keep points in shared memory; as csrc/cuda/point_walk.h has it.
@@ -169,9 +165,11 @@ def _operand(x: Tensor, y: Tensor, precision: str) -> str | None:
     """
     if x.shape[0] * y.shape[0] * x.shape[1] < TENSOR_MINIMUM or y.shape[0] <= FEW_COLUMNS:
         return None
+    if not may_round(x.dtype, precision):
+        return None
     if x.dtype in (torch.bfloat16, torch.float16):
         return "bf16" if x.dtype == torch.bfloat16 else "tf32"
-    return None if x.dtype == torch.float64 or precision == "ieee" else precision
+    return precision
 
 
 class _Pairs:
