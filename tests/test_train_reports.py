@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +151,21 @@ def test_results_hold_every_figure_with_its_protocol(data, no_pictures):
     assert saved["step"] == 2
     assert [Figure(**figure) for figure in saved["figures"]] == result.figures
     assert len(saved["figures"]) == 6
+
+
+def test_the_mean_over_subsets_of_labels_is_taken_as_documented(tmp_path):
+    document = Path(__file__).parents[1] / "docs" / "reproduction.md"
+    (script,) = re.findall(r"^python -c '\n(.*?)^'$", document.read_text("utf-8"), re.M | re.S)
+    for subset, errors in enumerate([(0.01, 0.5), (0.02, 0.5), (0.06, 0.5)]):
+        figures = [{"name": name, "value": e} for name, e in zip("ab", errors, strict=True)]
+        folder = tmp_path / "runs" / f"subset{subset}"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"figures": figures}))
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"}, encoding="utf-8",
+    )  # fmt: skip
+    assert done.stdout == "a 3.00% ± 2.65% of 3\nb 50.00% ± 0.00% of 3\n"
 
 
 def test_figures_go_to_tensorboard_where_it_is_installed(data, no_pictures, monkeypatch):

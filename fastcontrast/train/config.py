@@ -167,6 +167,9 @@ class SemisupConfig(RunConfig):
     """"paper": --batch-size labelled and as many unlabelled images, and an anchor per class.
     "code": --batch-size of all images as unlabelled ones, a labelled image and an anchor per
     class."""
+    second_width: int = 192
+    """Channels of the second 5 x 5 convolution, where the network is CIFAR-10's or STL-10's. The
+    paper may have 96."""
     separate_norms: bool = False
     """Batch normalisation takes its statistics of labelled images, unlabelled ones and anchors
     apart, as in three copies of the network."""
@@ -192,7 +195,7 @@ class SemisupConfig(RunConfig):
     def check(self) -> None:
         """Raise ValueError that names the first field whose value is unusable."""
         super().check()
-        at_least(self, 1, "labels_per_class")
+        at_least(self, 1, "labels_per_class", "second_width")
         at_least(self, 0, "unlabelled_weight")
         at_least(self, 2, "anchor_images")
         enough = self.anchors == "random" or self.labels_per_class > 1
