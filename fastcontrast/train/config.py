@@ -21,6 +21,8 @@ class RunConfig:
 
     recipe: ClassVar[str] = ""
 
+    preset: str = ""
+    """Whose values these are, where nothing else is said; empty: the defaults."""
     data: str = "sample"
     """Folder with a data set; fastcontrast data --help lists what is read. "sample": the 12,000
     images of MNIST in the package."""
@@ -405,7 +407,7 @@ class TemporalConfig(RunConfig):
 # How a run is carried out, as opposed to what it computes: free to differ when it is resumed.
 RUN_FIELDS = frozenset(
     (
-        *("out_dir", "name", "resume", "overwrite", "device", "threads"),
+        *("preset", "out_dir", "name", "resume", "overwrite", "device", "threads"),
         *("compile", "cuda_graphs", "log_every", "eval_every", "rank_timeout"),
     )
 )

@@ -13,10 +13,11 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -130,12 +131,15 @@ def folder_of(config: RunConfig) -> RunFolder:
     return RunFolder(config.out_dir / name)
 
 
-def open_run(config: Config) -> tuple[RunFolder, Config]:
+def open_run(
+    config: Config, resolved: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[RunFolder, Config]:
     """Make the run folder, or check that the run in it can be continued.
 
     Args:
         config: What is asked for. With ``resume``, all that determines the result must equal what
             the folder's run was started with, except that ``steps`` may grow.
+        resolved: What ``"auto"`` came to, to be saved beside it.
 
     Returns:
         The folder, and the configuration to run. Rate drops that were placed by the first run's
@@ -163,8 +167,8 @@ def open_run(config: Config) -> tuple[RunFolder, Config]:
     run.path.mkdir(parents=True, exist_ok=True)
     started = dataclasses.replace(config, data=_absolute(config.data), lr_drops=config.drop_steps)
     fields = _saved_fields(started)
-    content = {"recipe": config.recipe, "seed": config.seed, **_environment(), "config": fields}
-    _write_json(run.config, content)
+    head = {"recipe": config.recipe, "seed": config.seed, **_environment()}
+    _write_json(run.config, {**head, "config": fields, "resolved": dict(resolved)})
     return run, started
 
 
@@ -221,12 +225,15 @@ def save_embeddings(path: Path, **arrays: Tensor) -> None:
     write_atomically(path, file.getvalue())
 
 
-def note_resumption(run: RunFolder, config: RunConfig, step: int, stage: str = "") -> None:
+def note_resumption(
+    run: RunFolder, config: RunConfig, step: int, stage: str, resolved: Mapping[str, Any]
+) -> None:
     """Record in config.json that the run was continued, from where and by which versions."""
     content = json.loads(run.config.read_text("utf-8"))
     content["config"] = _saved_fields(config)
     place = {"stage": stage} if stage else {}
-    content.setdefault("resumed", []).append({**place, "from_step": step, **_environment()})
+    begun = {**place, "from_step": step, "resolved": dict(resolved), **_environment()}
+    content.setdefault("resumed", []).append(begun)
     _write_json(run.config, content)
 
 
