@@ -39,6 +39,7 @@ RECIPES = {
     for config in (TripletConfig, SpatialConfig, SemisupConfig, TemporalConfig)
 }
 STAGES = ("pretraining", "finetuned", "baseline")
+METHODS = ("pca", "tsne", "umap")  # by which an embedding is brought to two dimensions
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -88,6 +89,10 @@ class RunFolder:
         """Picture of the embedding in two dimensions."""
         return self.path / "embedding.png"
 
+    def embedding_by(self, method: str) -> Path:
+        """The same, brought there by a method other than PCA if it is not ``"pca"``."""
+        return self.embedding if method == "pca" else self.path / f"embedding_{method}.png"
+
     @property
     def confusion(self) -> Path:
         """Picture of what was taken for what."""
@@ -107,8 +112,13 @@ class RunFolder:
     def written(self) -> tuple[Path, ...]:
         """All that a run may leave, in the order in which it is shown."""
         files = (self.config, self.metrics, self.results, *self.stages, self.checkpoints)
-        pictures = (self.curve, self.embedding, self.confusion, self.neighbours)
-        return (*files, self.embeddings, *pictures)
+        return (*files, self.embeddings, *self.pictures, self.tensorboard)
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """All pictures that there may be, in the order in which they are shown."""
+        embeddings = (self.embedding_by(method) for method in METHODS)
+        return (self.curve, *embeddings, self.confusion, self.neighbours)
 
     @property
     def stages(self) -> list[Path]:
@@ -333,8 +343,7 @@ def _clear(run: RunFolder) -> None:
     """Remove what a run wrote and nothing else; config.json stays until it is replaced."""
     for folder in (run, *(RunFolder(path) for path in run.stages)):
         remove_checkpoints(folder.checkpoints)
-        files = (folder.metrics, folder.results, folder.embeddings)
-        for path in (*files, folder.curve, folder.embedding, folder.confusion, folder.neighbours):
+        for path in (folder.metrics, folder.results, folder.embeddings, *folder.pictures):
             path.unlink(missing_ok=True)
         for path in folder.tensorboard.glob("events.out.tfevents.*"):
             path.unlink()
