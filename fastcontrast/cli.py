@@ -69,7 +69,7 @@ eval    trains a linear layer and a linear SVM on the frozen embeddings of the i
         protocol
 embed   writes the embeddings of all training and test images with their labels
 plot    draws curves, embedding, confusion matrix and nearest neighbours from the run's files; tsne
-        needs openTSNE, umap needs umap-learn
+        and umap need pip install "fastcontrast[plots]", and leave the picture by pca beside theirs
 """
 
 DATA_HELP = """\

@@ -136,6 +136,22 @@ def test_a_run_its_refusal_and_its_extension(here, capsys, no_pictures):
     assert [r["step"] for r in read_metrics(run)] == [1]
 
 
+def test_what_was_left_open_is_saved_as_it_was_found(here, no_pictures):
+    """And the preset, from a file too."""
+    (here / "run.toml").write_text('preset = "mnist-code"\nsteps = 1\n')
+    assert _train("--config", "run.toml", "--name", "mine") == 0
+    config = RunFolder(here / "runs" / "mine").config
+    saved = json.loads(config.read_text())
+    assert saved["config"]["preset"] == "mnist-code"
+    found = {"dataset": "mnist", "network": "mnist", "device": "cpu", "threads": 1, "ranks": 1}
+    assert saved["resolved"] == found
+    again = ["train", "semisup", "--name", "mine", "--resume", "--steps", "2", "--threads", "2"]
+    assert cli.main(again) == 0
+    saved = json.loads(config.read_text())
+    assert saved["config"]["preset"] == "mnist-code"
+    assert [r["resolved"] for r in saved["resumed"]] == [{**found, "threads": 2}]
+
+
 def test_a_foreign_folder_and_damaged_files_are_one_line(here, capsys, no_pictures):
     foreign = here / "runs" / "foreign"
     foreign.mkdir(parents=True)

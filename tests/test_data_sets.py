@@ -341,3 +341,24 @@ def test_full_sets():
     )
     states = {f.path.name: f.state for r in verify(FULL) for f in r.files}
     assert states["train-images-idx3-ubyte.gz"] == "as published"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="FASTCONTRAST_DATA names no folder with full data sets")
+def test_a_full_set_in_stl10s_layout_is_not_called_stl10():
+    """Ten classes of Imagenette, with folds of its own."""
+    data = load_dataset(f"{FULL}/imagenette96_stl10_layout")
+    assert data.name == "stl10-layout"
+    assert data.class_names[0] == "tench"
+    assert data.train_labels.bincount().tolist() == [500] * 10
+    assert len(data.test_images) == len(data.test_labels) == 3925
+    assert data.unlabelled_images.shape == (4469, 3, 96, 96)
+    assert [len(fold) for fold in data.folds] == [1000] * 10
+    for fold in data.folds:
+        assert data.train_labels[fold].bincount().tolist() == [100] * 10
+    means = data.train_images.double().mean((0, 2, 3)) / 255
+    # Of this selection of images, as it was read here first; turned images have the same.
+    torch.testing.assert_close(
+        means, torch.tensor([0.4627, 0.4577, 0.4300]).double(), atol=5e-5, rtol=0
+    )
+    assert "test_X.bin" in other_sizes(f"{FULL}/imagenette96_stl10_layout")

@@ -39,6 +39,15 @@ def test_network_is_the_papers():
     assert order[4:7] == ["Conv2d", "ReLU", "BatchNorm2d"]
 
 
+@pytest.mark.parametrize(("width", "parameters"), [(192, 963_648), (96, 714_816)])
+def test_the_second_width_of_the_cifar10_network(width, parameters):
+    model = build_model(SemisupConfig(second_width=width), "cifar10", 3)
+    assert [m.out_channels for m in model if isinstance(m, nn.Conv2d)][3] == width
+    kernels = [m.weight for m in model if isinstance(m, nn.Conv2d)]
+    assert sum(w.numel() for w in kernels) == parameters
+    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
+
+
 def test_pixels_are_normalised_as_the_authors_did():
     pixels = torch.tensor([0, 64, 128, 255], dtype=torch.uint8).reshape(1, 1, 2, 2)
     assert BYTES.cut(pixels).flatten().tolist() == [-1.0, -0.5, 0.0, 127 / 128]

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from fastcontrast.train.checkpoints import latest_checkpoint
 from fastcontrast.train.config import SemisupConfig, SpatialConfig, TripletConfig
 from fastcontrast.train.evaluation import Figure
 from fastcontrast.train.reports import embed_run, evaluate_run, load_run
+from fastcontrast.train.runs import open_run
 from fastcontrast.train.semisup import train_semisup
 from fastcontrast.train.spatial import train_spatial
 from fastcontrast.train.triplet import train_triplet
@@ -135,10 +140,80 @@ def test_a_run_without_what_is_asked_for(data, tmp_path, no_pictures, capsys):
 
 def test_a_method_that_is_not_installed_says_what_to_install(data, no_pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "openTSNE", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install openTSNE"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs openTSNE: pip .*fastcontrast\[plots\]"):
         plots.plot_embedding(
             torch.randn(9, 3), torch.zeros(9).long(), None, None, ("a",), "", None, "tsne"
         )
+
+
+def test_other_methods_draw_pictures_of_their_own(data, monkeypatch, capsys):
+    """By stand-ins, which put a known cloud where the packages would put theirs."""
+    drawn = []
+
+    class TSNE:
+        def __init__(self, random_state):
+            assert random_state == 0
+
+        def fit(self, rows):
+            drawn.append(rows.shape)
+            return rows[:, :2]
+
+    class UMAP(TSNE):
+        fit_transform = TSNE.fit
+
+    for name, kind in (("openTSNE", TSNE), ("umap", UMAP)):
+        module = types.ModuleType(name)
+        setattr(module, kind.__name__, kind)
+        monkeypatch.setitem(sys.modules, name, module)
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "plot_run", lambda *_: [])
+        config = SemisupConfig(data=data, labels_per_class=2, **COMMON)
+        run = train_semisup(config).run
+    run.embedding.write_bytes(b"by pca")
+    for method in ("tsne", "umap"):
+        assert cli.main(["plot", "runs/run", "--method", method]) == 0
+        assert f"runs/run/embedding_{method}.png\n" in capsys.readouterr().out
+        assert run.embedding_by(method).stat().st_size > 5000
+    assert drawn == [(20 + 20, 128)] * 2  # test images, then the labelled ones
+    assert run.embedding.read_bytes() == b"by pca"
+    assert {run.embedding_by(m) for m in ("tsne", "umap")} < {*run.written}
+    open_run(dataclasses.replace(config, overwrite=True))
+    assert [path.name for path in run.path.iterdir() if path.is_file()] == ["config.json"]
+
+
+_ON_A_TERMINAL = """
+import sys
+from fastcontrast.train import plots
+plots.plot_run = lambda *_: []
+from fastcontrast import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_a_terminal_sees_a_bar(data, tmp_path):
+    import pty
+
+    ours, theirs = pty.openpty()
+    flags = "--data data --labels-per-class 2 --batch-size 4 --steps 4 --eval-every 2 --threads 1"
+    with subprocess.Popen(
+        [sys.executable, "-c", _ON_A_TERMINAL, "train", "semisup", "--device", "cpu",
+         *flags.split()],
+        stdout=theirs, stderr=subprocess.STDOUT, env={**os.environ, "TERM": "xterm"},
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        said = b""
+        try:
+            while piece := os.read(ours, 4096):
+                said += piece
+        except OSError:  # Linux's way of saying that the other side is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0, said
+    text = said.decode()
+    assert "\x1b[" in text
+    assert "step 4/4" in text
+    assert "1-NN test error" in text  # the lines of evaluations stay
 
 
 def test_results_hold_every_figure_with_its_protocol(data, no_pictures):
@@ -147,6 +222,21 @@ def test_results_hold_every_figure_with_its_protocol(data, no_pictures):
     assert saved["step"] == 2
     assert [Figure(**figure) for figure in saved["figures"]] == result.figures
     assert len(saved["figures"]) == 6
+
+
+def test_the_mean_over_subsets_of_labels_is_taken_as_documented(tmp_path):
+    document = Path(__file__).parents[1] / "docs" / "reproduction.md"
+    (script,) = re.findall(r"^python -c '\n(.*?)^'$", document.read_text("utf-8"), re.M | re.S)
+    for subset, errors in enumerate([(0.01, 0.5), (0.02, 0.5), (0.06, 0.5)]):
+        figures = [{"name": name, "value": e} for name, e in zip("ab", errors, strict=True)]
+        folder = tmp_path / "runs" / f"subset{subset}"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"figures": figures}))
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"}, encoding="utf-8",
+    )  # fmt: skip
+    assert done.stdout == "a 3.00% ± 2.65% of 3\nb 50.00% ± 0.00% of 3\n"
 
 
 def test_figures_go_to_tensorboard_where_it_is_installed(data, no_pictures, monkeypatch):

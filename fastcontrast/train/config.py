@@ -21,6 +21,8 @@ class RunConfig:
 
     recipe: ClassVar[str] = ""
 
+    preset: str = ""
+    """Whose values these are, where nothing else is said; empty: the defaults."""
     data: str = "sample"
     """Folder with a data set; fastcontrast data --help lists what is read. "sample": the 12,000
     images of MNIST in the package."""
@@ -167,6 +169,9 @@ class SemisupConfig(RunConfig):
     """"paper": --batch-size labelled and as many unlabelled images, and an anchor per class.
     "code": --batch-size of all images as unlabelled ones, a labelled image and an anchor per
     class."""
+    second_width: int = 192
+    """Channels of the second 5 x 5 convolution, where the network is CIFAR-10's or STL-10's. The
+    paper may have 96."""
     separate_norms: bool = False
     """Batch normalisation takes its statistics of labelled images, unlabelled ones and anchors
     apart, as in three copies of the network."""
@@ -192,7 +197,7 @@ class SemisupConfig(RunConfig):
     def check(self) -> None:
         """Raise ValueError that names the first field whose value is unusable."""
         super().check()
-        at_least(self, 1, "labels_per_class")
+        at_least(self, 1, "labels_per_class", "second_width")
         at_least(self, 0, "unlabelled_weight")
         at_least(self, 2, "anchor_images")
         enough = self.anchors == "random" or self.labels_per_class > 1
@@ -415,7 +420,7 @@ class TemporalConfig(RunConfig):
 # How a run is carried out, as opposed to what it computes: free to differ when it is resumed.
 RUN_FIELDS = frozenset(
     (
-        *("out_dir", "name", "resume", "overwrite", "device", "threads"),
+        *("preset", "out_dir", "name", "resume", "overwrite", "device", "threads"),
         *("compile", "cuda_graphs", "log_every", "eval_every", "rank_timeout"),
     )
 )

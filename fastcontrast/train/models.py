@@ -29,12 +29,13 @@ def build(make: Callable[[], nn.Module], seed: int) -> nn.Module:
         return make()
 
 
-def semisup_network(name: str, channels: int) -> nn.Sequential:
+def semisup_network(name: str, channels: int, second_width: int = 192) -> nn.Sequential:
     """Network of semi-supervised metric embedding: 128 features for MNIST, 192 otherwise.
 
     MNIST's is that of the authors' code: five convolutions with batch normalisation *after* the
     ReLU and a global average, no dropout, features not normalised; 134,336 convolution and 608
-    normalisation parameters. CIFAR-10's is a network in network; STL-10's is the same one.
+    normalisation parameters. CIFAR-10's is a network in network, whose second 5 x 5 convolution
+    has ``second_width`` channels; STL-10's is the same one.
     """
     if name == "mnist":
         return nn.Sequential(
@@ -50,8 +51,8 @@ def semisup_network(name: str, channels: int) -> nn.Sequential:
         *_relu_norm(192, 160, 1),
         *_relu_norm(160, 96, 1),
         nn.MaxPool2d(3, 2),  # [M, 96, 15, 15]
-        *_relu_norm(96, 192, 5),
-        *_relu_norm(192, 192, 1),
+        *_relu_norm(96, second_width, 5),
+        *_relu_norm(second_width, 192, 1),
         *_relu_norm(192, 192, 1),
         nn.MaxPool2d(3, 2),  # [M, 192, 7, 7]
         *_relu_norm(192, 192),

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastcontrast.data import ImageDataset
 from fastcontrast.train.config import RunConfig
 from fastcontrast.train.progress import LABELS
-from fastcontrast.train.runs import RunFolder, read_metrics
+from fastcontrast.train.runs import METHODS, RunFolder, read_metrics
 from fastcontrast.train.sheets import (
     open_figure,
     plot_confusion,
@@ -29,7 +29,6 @@ from fastcontrast.train.sheets import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METHODS = ("pca", "tsne", "umap")
 _FLOOR = 1e-6  # nats; below it a loss is drawn at it, so that a zero fits the log scale
 _INK, _FAINT = "#222222", "#8a8a8a"
 _COLOURS = ("#1f6fb4", "#e07b1f", "#b3282d", "#2f8f4e", "#7a4fa3")
@@ -44,7 +43,8 @@ def plot_run(
         run: The folder: metrics.jsonl gives the curves, embeddings.npz the other pictures.
         config: What was run.
         dataset: The run's data, for class names and the sheet of neighbours.
-        method: How the embedding is brought to two dimensions: one of ``METHODS``.
+        method: How the embedding is brought to two dimensions: one of ``METHODS``, each with a
+            picture of its own.
 
     Returns:
         The pictures that were written.
@@ -74,9 +74,9 @@ def plot_run(
     marks, mark_labels = saved.get("labelled_embeddings"), saved.get("labelled_labels")
     plot_embedding(
         points, labels, marks, mark_labels, names, f"Test images, {setting}{error}",
-        run.embedding, method,
+        run.embedding_by(method), method,
     )  # fmt: skip
-    written.append(run.embedding)
+    written.append(run.embedding_by(method))
     if predictions is not None:
         plot_confusion(labels, predictions, names, f"{setting}{error}", run.confusion)
         written.append(run.confusion)
@@ -244,7 +244,7 @@ def _in_two_dimensions(
     except ImportError as error:
         package = {"tsne": "openTSNE", "umap": "umap-learn"}[method]
         raise ModuleNotFoundError(
-            f"method {method} needs {package}: pip install {package}"
+            f'method {method} needs {package}: pip install "fastcontrast[plots]"'
         ) from error
     raise ValueError(f"method is {method!r}; wanted {', '.join(METHODS)}")
 

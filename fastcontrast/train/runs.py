@@ -13,10 +13,11 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,6 +39,7 @@ RECIPES = {
     for config in (TripletConfig, SpatialConfig, SemisupConfig, TemporalConfig)
 }
 STAGES = ("pretraining", "finetuned", "baseline")
+METHODS = ("pca", "tsne", "umap")  # by which an embedding is brought to two dimensions
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -87,6 +89,10 @@ class RunFolder:
         """Picture of the embedding in two dimensions."""
         return self.path / "embedding.png"
 
+    def embedding_by(self, method: str) -> Path:
+        """The same, brought there by a method other than PCA if it is not ``"pca"``."""
+        return self.embedding if method == "pca" else self.path / f"embedding_{method}.png"
+
     @property
     def confusion(self) -> Path:
         """Picture of what was taken for what."""
@@ -106,8 +112,13 @@ class RunFolder:
     def written(self) -> tuple[Path, ...]:
         """All that a run may leave, in the order in which it is shown."""
         files = (self.config, self.metrics, self.results, *self.stages, self.checkpoints)
-        pictures = (self.curve, self.embedding, self.confusion, self.neighbours)
-        return (*files, self.embeddings, *pictures)
+        return (*files, self.embeddings, *self.pictures, self.tensorboard)
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """All pictures that there may be, in the order in which they are shown."""
+        embeddings = (self.embedding_by(method) for method in METHODS)
+        return (self.curve, *embeddings, self.confusion, self.neighbours)
 
     @property
     def stages(self) -> list[Path]:
@@ -130,12 +141,15 @@ def folder_of(config: RunConfig) -> RunFolder:
     return RunFolder(config.out_dir / name)
 
 
-def open_run(config: Config) -> tuple[RunFolder, Config]:
+def open_run(
+    config: Config, resolved: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[RunFolder, Config]:
     """Make the run folder, or check that the run in it can be continued.
 
     Args:
         config: What is asked for. With ``resume``, all that determines the result must equal what
             the folder's run was started with, except that ``steps`` may grow.
+        resolved: What ``"auto"`` came to, to be saved beside it.
 
     Returns:
         The folder, and the configuration to run. Rate drops that were placed by the first run's
@@ -163,8 +177,8 @@ def open_run(config: Config) -> tuple[RunFolder, Config]:
     run.path.mkdir(parents=True, exist_ok=True)
     started = dataclasses.replace(config, data=_absolute(config.data), lr_drops=config.drop_steps)
     fields = _saved_fields(started)
-    content = {"recipe": config.recipe, "seed": config.seed, **_environment(), "config": fields}
-    _write_json(run.config, content)
+    head = {"recipe": config.recipe, "seed": config.seed, **_environment()}
+    _write_json(run.config, {**head, "config": fields, "resolved": dict(resolved)})
     return run, started
 
 
@@ -221,12 +235,15 @@ def save_embeddings(path: Path, **arrays: Tensor) -> None:
     write_atomically(path, file.getvalue())
 
 
-def note_resumption(run: RunFolder, config: RunConfig, step: int, stage: str = "") -> None:
+def note_resumption(
+    run: RunFolder, config: RunConfig, step: int, stage: str, resolved: Mapping[str, Any]
+) -> None:
     """Record in config.json that the run was continued, from where and by which versions."""
     content = json.loads(run.config.read_text("utf-8"))
     content["config"] = _saved_fields(config)
     place = {"stage": stage} if stage else {}
-    content.setdefault("resumed", []).append({**place, "from_step": step, **_environment()})
+    begun = {**place, "from_step": step, "resolved": dict(resolved), **_environment()}
+    content.setdefault("resumed", []).append(begun)
     _write_json(run.config, content)
 
 
@@ -326,8 +343,7 @@ def _clear(run: RunFolder) -> None:
     """Remove what a run wrote and nothing else; config.json stays until it is replaced."""
     for folder in (run, *(RunFolder(path) for path in run.stages)):
         remove_checkpoints(folder.checkpoints)
-        files = (folder.metrics, folder.results, folder.embeddings)
-        for path in (*files, folder.curve, folder.embedding, folder.confusion, folder.neighbours):
+        for path in (folder.metrics, folder.results, folder.embeddings, *folder.pictures):
             path.unlink(missing_ok=True)
         for path in folder.tensorboard.glob("events.out.tfevents.*"):
             path.unlink()

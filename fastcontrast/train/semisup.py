@@ -201,7 +201,10 @@ def prepare(config: SemisupConfig, *, open_folder: bool = True) -> stage.Job[Sem
                 f"labels_per_class is {per_class}; that leaves no image without a label"
             )
 
-    return stage.prepare(config, models.semisup_network, check, open_folder=open_folder)
+    def make(name: str, channels: int) -> nn.Module:
+        return models.semisup_network(name, channels, config.second_width)
+
+    return stage.prepare(config, make, check, open_folder=open_folder)
 
 
 def split_of(config: SemisupConfig, dataset: ImageDataset) -> LabelSplit:
@@ -217,7 +220,9 @@ def split_of(config: SemisupConfig, dataset: ImageDataset) -> LabelSplit:
 
 def build_model(config: SemisupConfig, network: str, channels: int) -> nn.Module:
     """Build the network with weights that are a function of the seed."""
-    return models.build(lambda: models.semisup_network(network, channels), config.seed)
+    return models.build(
+        lambda: models.semisup_network(network, channels, config.second_width), config.seed
+    )
 
 
 def train(job: stage.Job[SemisupConfig]) -> Result:

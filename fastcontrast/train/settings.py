@@ -72,12 +72,12 @@ def layered(kind: type[Config], preset: str | None, file: str | None) -> Config:
         FileNotFoundError: If the file is missing.
     """
     values: dict[str, Any] = _read_toml(Path(file)) if file is not None else {}
-    named = values.pop("preset", None)
+    named = values.pop("preset", None) or None  # "", as it is saved, is none
     preset = preset if preset is not None else named
     known = PRESETS[kind.recipe]
     if preset is not None and preset not in known:
         raise ValueError(f"preset is {preset!r}; {kind.recipe} has {', '.join(known)}")
-    base = known[preset] if preset is not None else kind()
+    base = dataclasses.replace(known[preset], preset=preset) if preset is not None else kind()
     assert isinstance(base, kind)
     types = get_type_hints(kind)
     allowed = {field.name for field in dataclasses.fields(kind)}

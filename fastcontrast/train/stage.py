@@ -67,6 +67,13 @@ class Job(Generic[Config]):
         """Channels of the images."""
         return self.dataset.train_images.shape[1]
 
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What the configuration leaves to the data and to the machine."""
+        threads = self.config.threads or torch.get_num_threads()
+        found = {"dataset": self.dataset.name, "network": self.network, "device": str(self.device)}
+        return {**found, "threads": threads, "ranks": world_size()}
+
 
 AnyJob = TypeVar("AnyJob", bound=Job[Any])
 
@@ -148,7 +155,7 @@ def open_job(job: AnyJob) -> AnyJob:
     Raises:
         ValueError, FileNotFoundError, OSError: See :func:`fastcontrast.train.runs.open_run`.
     """
-    run, config = from_first(lambda: open_run(job.config))
+    run, config = from_first(lambda: open_run(job.config, job.resolved))
     return replace(job, run=run, config=config)
 
 
@@ -220,7 +227,8 @@ def run_stage(
             announcement += f"\nno checkpoint in {run.checkpoints}: starting over from step 0"
         if is_first():
             rewind_metrics(run, state.step)
-            note_resumption(job.run, config, state.step, "" if run == job.run else run.path.name)
+            name = "" if run == job.run else run.path.name
+            note_resumption(job.run, config, state.step, name, job.resolved)
     print(announcement, flush=True)
     runner = model if config.compile == "off" else compiled(model, config.compile)
     with (
