@@ -17,6 +17,7 @@ from benchmarks.contrast_runs import OBJECTIVES, TASKS, Record, Study
 
 EMBEDDINGS = ("random network", "slow features", *reversed(OBJECTIVES))
 CLASSIFIERS = ("linear layer", "1-NN")
+COLLAPSED = 30.0  # points of accuracy below the median of a picture
 FAR = "nearest frame in time"  # the figure of frames whose nearest is not near in time
 FAR_ABOUT = (
     "Test frames whose nearest other one is of another sequence or more than the window away in "
@@ -77,14 +78,24 @@ def budget_table(record: Record, figures: dict[str, str]) -> str:
 
 
 def draw_budgets(record: Record, figures: dict[str, str], path: Path) -> None:
-    """Accuracies against steps and against seconds; of a variant without steps, a line."""
+    """Accuracies against steps and against seconds; of a variant without steps, a line.
+
+    A variant that collapsed would leave the others on one line: it is named, below the picture.
+    """
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(9, 3.4 * len(figures)), layout="constrained")
     rows: Any = picture.subplots(len(figures), 2, sharey="row", sharex="col", squeeze=False)
     for row, (figure, name) in zip(rows, figures.items(), strict=True):
-        for number, (variant, points) in enumerate(summary(record, figure).items()):
+        found = summary(record, figure)
+        floor = statistics.median(p.mean for points in found.values() for p in points) - COLLAPSED
+        for number, (variant, points) in enumerate(found.items()):
             means, spreads = [p.mean for p in points], [p.spread for p in points]
+            if max(means) < floor:
+                row[0].plot(
+                    [], [], color=f"C{number}", label=f"{variant}: {max(means):.0f} % at most"
+                )
+                continue
             for axis, places in zip(
                 row, ([p.steps for p in points], [p.seconds for p in points]), strict=True
             ):
