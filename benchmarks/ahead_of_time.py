@@ -217,9 +217,11 @@ def document(found: dict[Entry, Resources], entries: int) -> str:
         "a part of it again. No GPU has run these: the table says what they take of one. Bytes of",
         "stack are spilled registers. Where the metrics l2, sqeuclidean and dot differ, their",
         "registers are given in this order; stack and shared memory are then the largest, resident",
-        "warps (of 64 that a multiprocessor holds at most) and matrix instructions the fewest.",
+        "warps (of 64 that a multiprocessor holds at most) and matrix instructions the fewest. A",
+        "metric for which these sizes would spill has others, and a line of its own.",
         "",
-        f"{len(found)} of {entries} entries, compiled by Triton {triton.__version__}.",
+        f"{len(found)} of {entries} entries, compiled by Triton {triton.__version__}. Of these, "
+        f"{sum(r.spilled > 0 for r in found.values())} spill.",
         "",
         "Other versions: Triton 3.6 (torch 2.11) compiles what the tests check for sm_80 and",
         "sm_90, some of it with up to 72 bytes on the stack where there are none here. For sm_100",
@@ -230,7 +232,8 @@ def document(found: dict[Entry, Resources], entries: int) -> str:
     ]
     groups: dict[Entry, list[Resources]] = {}
     for entry, resources in found.items():
-        merged = entry._replace(metric="") if entry.metric in METRICS else entry
+        merges = entry.metric in METRICS and not has_own_sizes(entry)
+        merged = entry._replace(metric="") if merges else entry
         groups.setdefault(merged, []).append(resources)
     for e, group in groups.items():
         sizes = launch_of(e)
@@ -273,7 +276,15 @@ def name_of(entry: Entry) -> str:
     if entry.kernel in patch_kernels.KERNELS:
         return f"{entry.kernel}, {entry.metric}"
     side = (" of rows" if entry.rows else " of columns") if entry.kernel == "gradients" else ""
-    return entry.kernel + side + (", all options" if entry.many else "")
+    metric = f", {entry.metric}" if has_own_sizes(entry) else ""
+    return entry.kernel + side + (", all options" if entry.many else "") + metric
+
+
+def has_own_sizes(entry: Entry) -> bool:
+    """Whether the launch table has other sizes for the entry's metric than for l2."""
+    if entry.metric not in METRICS:
+        return False
+    return launch_of(entry) != launch_of(entry._replace(metric="l2"))
 
 
 def problem(entry: Entry, resources: Resources) -> str | None:

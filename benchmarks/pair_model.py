@@ -174,9 +174,13 @@ def architecture(device: Device) -> int:
     return 90 if device.capability >= (9, 0) else 80
 
 
+def _sizes(kernel: str, shape: Shape, device: Device, *, both: bool) -> Sizes:
+    return launch(kernel, shape.kind, shape.dim, device.capability, metric=shape.metric, many=both)
+
+
 def statistics(shape: Shape, device: Device, *, both: bool = False) -> Launch:
     """row_statistics_kernel and its merge: of rows, or with ``both`` of columns as well."""
-    sizes = launch("statistics", shape.kind, shape.dim, device.capability, many=both)
+    sizes = _sizes("statistics", shape, device, both=both)
     scores, size = float(shape.m) * shape.n, GIVEN_BYTES[shape.kind]
     counts = _tiles(shape, sizes, device, False, STATISTICS_ROW)
     counts = counts + units(SCORE[shape.metric], scores) + units(STATISTICS[shape.metric], scores)
@@ -193,7 +197,7 @@ def statistics(shape: Shape, device: Device, *, both: bool = False) -> Launch:
 def gradients(shape: Shape, device: Device, *, rows: bool, both: bool = False) -> Launch:
     """point_gradients_kernel of one side, ``m`` of ``shape`` the rows in either case."""
     own = shape if rows else shape.exchanged()
-    sizes = launch("gradients", shape.kind, shape.dim, device.capability, many=both)
+    sizes = _sizes("gradients", shape, device, both=both)
     scores, size = float(shape.m) * shape.n, GIVEN_BYTES[shape.kind]
     counts = _tiles(own, sizes, device, True, GRADIENTS_ROW if shape.metric != "dot" else (0, 0))
     counts = counts + units(GRADIENTS[shape.metric], scores)
@@ -233,7 +237,7 @@ def gemm(name: str, m: float, n: float, k: float, kind: str, moved: Counts) -> L
 
 def wide_step(n: int) -> int:
     """Rows of a block of scores: wide.blocks_of_products."""
-    return max(wide.BLOCK_M, wide.BLOCK_SCORES // n // wide.BLOCK_M * wide.BLOCK_M)
+    return wide.rows_of_block(n)
 
 
 def _of_block(shape: Shape, device: Device, size: float) -> Callable[[float], Counts]:
@@ -313,7 +317,7 @@ def loss(
 
 def column_state(shape: Shape, device: Device) -> int:
     """Bytes that row blocks leave of the columns: _both_statistics."""
-    sizes = launch("statistics", shape.kind, shape.dim, device.capability, many=True)
+    sizes = _sizes("statistics", shape, device, both=True)
     return math.ceil(shape.m / sizes.block) * 2 * shape.n * 4
 
 

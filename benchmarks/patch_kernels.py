@@ -40,9 +40,9 @@ ALIGNED = (
 _TYPES = {"float64": ("fp64", "fp64"), "ieee": ("u8", "fp32"), "bfloat16": ("bf16", "fp32")}
 
 
-def launch_of(kernel: str, side: int, plain: bool) -> launches.Launch:
+def launch_of(entry: Entry) -> launches.Launch:
     """Sizes of a launch over many patches of 3 channels, in the terms of the table."""
-    sizes = _sizes(kernel, side, plain)
+    sizes = _sizes(entry)
     rows = sizes.outer * sizes.lines
     return launches.Launch(rows, sizes.columns, sizes.columns, 0, sizes.warps, 3)
 
@@ -63,7 +63,7 @@ def type_of(name: str, kind: str) -> str:
 
 def constants_of(entry: Entry, _: launches.Launch) -> dict[str, Any]:
     """Constants of a launch."""
-    plain, sizes = entry.metric == "plain", _sizes(entry.kernel, entry.dim, entry.metric == "plain")
+    plain, sizes = entry.metric == "plain", _sizes(entry)
     if entry.kernel == "patches drawn":
         found = {"key": None, "sample_ids": None, "BLOCK": sizes.columns}
         return found | ({"factors": None} if plain else {})
@@ -88,11 +88,19 @@ def constants_of(entry: Entry, _: launches.Launch) -> dict[str, Any]:
     return found | own | {name: None for name in absent if name in taken}
 
 
-def _sizes(kernel: str, side: int, plain: bool) -> launches.PatchLaunch:
+def _sizes(entry: Entry) -> launches.PatchLaunch:
+    side, plain = entry.dim, entry.metric == "plain"
+    reflected, capability = entry.metric.endswith("reflected"), divmod(entry.architecture, 10)
+    gather = launches.gathering(plain, reflected, entry.kind == "float64", capability)
     name, *shape = {
         "patches cut": ("cut", 1 << 20, 3 * side, side),
-        "patches drawn and cut": ("draw and cut", 1 << 20, 3 * side, side),
-        "patches gathered": ("gather" if plain else "gather resized", 3, IMAGE_SIDE, IMAGE_SIDE),
+        "patches drawn and cut": (
+            "draw and cut" if plain else "draw and resize",
+            1 << 20,
+            3 * side,
+            side,
+        ),
+        "patches gathered": (gather, 3, IMAGE_SIDE, IMAGE_SIDE),
         "patches drawn": ("draw", 1, 1, 1 << 30),
-    }[kernel]
+    }[entry.kernel]
     return launches.patch_launch(name, *shape, interpreted=False)

@@ -22,6 +22,8 @@ from fastcontrast.backends.triton.nearest import nearest_kernel
 from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
 from fastcontrast.backends.triton.row_statistics import merge_splits_kernel, row_statistics_kernel
 from fastcontrast.backends.triton.triplet_distances import (
+    WARPS,
+    forward_warps,
     triplet_backward_kernel,
     triplet_forward_kernel,
     triplet_tile,
@@ -134,19 +136,24 @@ def launch_of(entry: Entry) -> Launch:
     """Sizes of a call on a GPU of the entry's architecture, with rows enough to fill it."""
     if entry.kernel in TRIPLETS:
         block, chunk = triplet_tile(1 << 30, entry.dim, 8 if entry.kind == "float64" else 4, 1)
-        return Launch(block, chunk, chunk, chunk, 4, 1)
+        forward, half = entry.kernel == "triplets forward", entry.kind in ("bfloat16", "float16")
+        warps = forward_warps(2 if half else 4, entry.many) if forward else WARPS
+        return Launch(block, chunk, chunk, chunk, warps, 1)
     if entry.kernel in patch_kernels.KERNELS:
-        return patch_kernels.launch_of(entry.kernel, entry.dim, entry.metric == "plain")
+        return patch_kernels.launch_of(entry)
     if entry.kernel in OWN_SIZES:
         block, other = OWN_SIZES[entry.kernel]
-        warps = wide.WIDE.warps if entry.kernel.startswith("wide") else 4
-        return Launch(block, other, other, 0, warps, 3)  # otherwise Triton's own
-    if entry.kernel == "wide statistics":
-        return wide.WIDE
+        return Launch(block, other, other, 0, 4, 3)  # otherwise Triton's own
     capability = (entry.architecture // 10, entry.architecture % 10)
+    if entry.kernel.startswith("wide"):
+        kernel = entry.kernel.removeprefix("wide ")
+        sizes = launches.wide_launch(kernel, entry.kind, capability)
+        return sizes if kernel == "statistics" else sizes._replace(stages=3)  # Triton's own
     kernel = entry.kernel.split(" ")[0]
     many = entry.many or entry.kernel == BOTH_SIDES
-    return launches.launch(kernel, entry.kind, entry.dim, capability, many=many)
+    return launches.launch(
+        kernel, entry.kind, entry.dim, capability, metric=entry.metric, many=many
+    )
 
 
 def _acc(entry: Entry) -> Any:
@@ -348,8 +355,6 @@ KERNELS = {
 # Kernels without an entry in the launch table: (block, other) of the files they are in.
 OWN_SIZES = {
     "merge of splits": (MERGE_BLOCK, MERGE_BLOCK),
-    "wide weights": (wide.BLOCK_M, wide.BLOCK_N),
-    "wide near columns": (wide.BLOCK_M, wide.BLOCK_N),
     "pair values": (pairs.BLOCK, pairs.CHUNK),
     "add pairs": (pairs.OWNERS, pairs.CHUNK),
     "points": (operands.BLOCK, operands.CHUNK),

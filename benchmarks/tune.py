@@ -21,7 +21,7 @@ import torch
 import triton
 
 from benchmarks.ahead_of_time import compiled, problem
-from benchmarks.triton_launches import Entry
+from benchmarks.triton_launches import BOTH_SIDES, METRICS, Entry
 from fastcontrast import distance_softmax
 from fastcontrast.backends.triton import distance_softmax as entries
 from fastcontrast.backends.triton import launch as launches
@@ -35,7 +35,8 @@ Per architecture, kernel, kind of operands and class of dimensions: points that 
 points of a tile, the same where a call has more to do (launch.Launch), columns at a time, warps,
 stages. MEASURED says which entries have been timed, where and when; the others are the largest that
 compile without spilling registers. What has no entry spills at every size, and goes to wide.py.
-"nearest" takes any dimension, those beyond the last class in parts.
+"nearest" takes any dimension, those beyond the last class in parts. SIZES_OF_METRIC has the metrics
+for which the sizes of the others spill.
 """
 
 from __future__ import annotations
@@ -56,16 +57,19 @@ def candidates(kernel: str, kind: str) -> list[tuple[int, int, int, int]]:
     return sizes[1:] if kernel == "gradients" and len(sizes) > 4 else sizes
 
 
-def fits(entry: Entry, sizes: launches.Launch) -> bool:
+def fits(entry: Entry, sizes: launches.Launch, metrics: tuple[str, ...] = ("l2",)) -> bool:
     """Whether a launch compiles, spills nothing and leaves shared memory, for both owners."""
     owners = (True, False) if entry.kernel == "gradients" else (True,)
-    for rows in owners:
+    wanted = [entry._replace(rows=r, metric=m) for r, m in itertools.product(owners, metrics)]
+    if entry.kernel == "statistics" and entry.many:  # they share their sizes
+        wanted += [e._replace(kernel=BOTH_SIDES, many=False) for e in wanted]
+    for one in wanted:
         try:
-            found = compiled(entry._replace(rows=rows), sizes)
+            found = compiled(one, sizes)
         except Exception as error:  # the compiler's own, of many classes: the size is not possible
             print(f"  {sizes}: {str(error).splitlines()[0][:80]}")
             return False
-        if problem(entry, found):
+        if problem(one, found):
             return False
     return True
 
@@ -91,15 +95,21 @@ def seconds(kernel: str, kind: str, dim: int, points: int, sizes: launches.Launc
 
 
 Table = dict[tuple[int, str, str, int], tuple[int, ...]]
+OfMetric = dict[tuple[int, str, str, int, str], tuple[int, ...]]
 
 
-def write(sizes: Table, measured: dict[str, str]) -> None:
+def write(sizes: Table, of_metric: OfMetric, measured: dict[str, str]) -> None:
     """Rewrite launch_table.py."""
     lines = [HEADER, "MEASURED: dict[str, str] = {\n"]
     lines += [f'    "{key}": "{value}",\n' for key, value in sorted(measured.items())]
     lines.append("}\n\nSIZES: dict[tuple[int, str, str, int], tuple[int, ...]] = {\n")
     for (arch, kernel, kind, dim), value in sizes.items():
         lines.append(f'    ({arch}, "{kernel}", "{kind}", {dim}): {value},\n')
+    lines.append(
+        "}\n\nSIZES_OF_METRIC: dict[tuple[int, str, str, int, str], tuple[int, ...]] = {\n"
+    )
+    for (arch, kernel, kind, dim, metric), value in of_metric.items():
+        lines.append(f'    ({arch}, "{kernel}", "{kind}", {dim}, "{metric}"): {value},\n')
     PATH.write_text("".join([*lines, "}\n"]))
 
 
@@ -114,6 +124,7 @@ def main() -> None:
         raise SystemExit("benchmarks.tune needs a CUDA device")
     arch = launches.architecture(torch.cuda.get_device_capability())
     table, measured = dict(launch_table.SIZES), dict(launch_table.MEASURED)
+    of_metric = dict(launch_table.SIZES_OF_METRIC)
     where = f"{torch.cuda.get_device_name()}, Triton {triton.__version__}, {datetime.date.today()}"
     for kind, dim, kernel in itertools.product(
         options.kind or launches.KINDS, options.dim or launches.CLASSES, launches.KERNELS
@@ -129,17 +140,22 @@ def main() -> None:
                 times[sizes] = seconds(kernel, kind, dim, options.points, sizes)
                 print(f"{key}: {sizes} {times[sizes] * 1e3:.3f} ms")
         for best in sorted(times, key=times.__getitem__):
-            # With all options the same program must not spill either, if with smaller tiles.
+            # With other metrics the same program must not spill either, nor with all options, if
+            # with smaller tiles.
+            entry = Entry(arch, kernel, kind, dim, "l2")
+            if not fits(entry, best, METRICS):
+                continue
             halves = (best.other_many >> k for k in range(4) if best.other_many >> k >= 16)
             for many in halves:
-                if fits(Entry(arch, kernel, kind, dim, "l2", many=True), best._replace(other=many)):
+                if fits(entry._replace(many=True), best._replace(other=many), METRICS):
+                    of_metric = {k: v for k, v in of_metric.items() if k[:4] != key}
                     table[key] = tuple(best._replace(other_many=many))
                     measured[f"{arch} {kernel} {kind} {dim}"] = where
                     break
             else:
                 continue
             break
-        write(table, measured)
+        write(table, of_metric, measured)
 
 
 if __name__ == "__main__":

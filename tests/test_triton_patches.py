@@ -32,10 +32,11 @@ def _on_triton() -> Iterator[None]:
 @pytest.fixture
 def _small_tiles(_on_triton: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles on every axis of a small shape."""
-    gather = (128, 16, 1)
-    cut = (64, 8, 1)
-    sizes = {"cut": cut, "draw and cut": cut, "draw": (8, 8, 1)}
-    sizes |= {"gather": gather, "gather resized": gather}
+    sizes = {
+        kernel: (128, 16, 1) if kernel.startswith("gather") else (64, 8, 1)
+        for kernel in launches.PATCHES
+    }
+    sizes["draw"] = (8, 8, 1)
     monkeypatch.setattr(launches, "PATCHES" + "_INTERPRETED" * INTERPRETED, sizes)
     launches.patch_launch.cache_clear()
     yield

@@ -44,12 +44,13 @@ from fastcontrast.backends.triton.launch import (
     is_fused,
     launch,
     padded_dimension,
+    wide_launch,
 )
 from fastcontrast.backends.triton.operands import Operands, Points, prepare
 from fastcontrast.backends.triton.pairs import add_pairs, pair_scores
 from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
 from fastcontrast.backends.triton.row_statistics import merge_splits_kernel, row_statistics_kernel
-from fastcontrast.backends.triton.wide import WIDE, Weights, blocks_of_products
+from fastcontrast.backends.triton.wide import Weights, blocks_of_products
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -176,14 +177,16 @@ def _statistics(
     rank = threshold is not None
     limit = out.lse if threshold is None else threshold.to(out.lse.dtype).contiguous()
     if not _is_fused("statistics", operands):
+        sizes = _wide_sizes("statistics", operands)
         for rows, dots in blocks_of_products(operands, mask.metric):
             part = Statistics(*(value[rows] for value in out))
             block = operands._replace(x=Points(*(value[rows] for value in x)))
             _launch_statistics(
-                block, mask.of_rows(rows), part, limit[rows], score_sum, rank, WIDE, dots
+                block, mask.of_rows(rows), part, limit[rows], score_sum, rank, sizes, dots
             )
     else:
-        sizes = _sizes("statistics", operands, many=score_sum or rank or mask.row_ids is not None)
+        many = score_sum or rank or mask.row_ids is not None
+        sizes = _sizes("statistics", operands, mask.metric, many=many)
         _launch_statistics(operands, mask, out, limit, score_sum, rank, sizes, None)
     return out
 
@@ -198,7 +201,7 @@ def _both_statistics(
     """
     n = operands.y.given.shape[0]
     if _is_fused("statistics", operands):
-        sizes = _sizes("statistics", operands, many=True)
+        sizes = _sizes("statistics", operands, mask.metric, many=True)
         rows = empty_statistics(operands.x.given, score_sum=False, rank=False)
         columns = empty_statistics(operands.y.given, score_sum=False, rank=False)
         blocks = triton.cdiv(rows.lse.shape[0], sizes.block)
@@ -277,7 +280,8 @@ def _gradients(
         ids = (_or(mask.row_ids, table), _or(mask.column_ids, table))
         tensors = (_or(mask.exclude, table), *ids)
         extras = (grads.entropy is not None, grads.score_sum is not None)
-        weights = Weights(operands, tensors, mask.options, (table, column_table), extras, needs)
+        tables, sizes = (table, column_table), _wide_sizes("weights", operands)
+        weights = Weights(operands, tensors, mask.options, tables, extras, needs, sizes)
         for rows, dots in blocks_of_products(operands, mask.metric):
             weights.add_block(rows, dots)
         dx, dy, product = weights.result()
@@ -325,7 +329,7 @@ def _side(
     others = other.given.shape[0]
     extras = (grads.entropy, grads.score_sum, mask.row_ids, column_table)
     many = product or any(extra is not None for extra in extras)
-    sizes = _sizes("gradients", operands, many=many)
+    sizes = _sizes("gradients", operands, mask.metric, many=many)
     splits, split_others = _splits(count, others, sizes, table.device)
     # Near pairs are added to it in memory, so it starts from 0.
     grad = table.new_zeros(splits, count, dim)
@@ -365,9 +369,13 @@ def _is_fused(kernel: str, operands: Operands) -> bool:
     return is_fused(kernel, operands.kind, operands.x.given.shape[1], _capability(operands))
 
 
-def _sizes(kernel: str, operands: Operands, *, many: bool) -> Launch:
+def _sizes(kernel: str, operands: Operands, metric: str, *, many: bool) -> Launch:
     dim = operands.x.given.shape[1]
-    return launch(kernel, operands.kind, dim, _capability(operands), many=many)
+    return launch(kernel, operands.kind, dim, _capability(operands), metric=metric, many=many)
+
+
+def _wide_sizes(kernel: str, operands: Operands) -> Launch:
+    return wide_launch(kernel, operands.kind, _capability(operands))
 
 
 def _capability(operands: Operands) -> tuple[int, int] | None:

@@ -38,7 +38,7 @@ from torch import Tensor
 from fastcontrast.backends.patch_sets import Draws, Pixels, rows_of_images
 from fastcontrast.backends.reference import first_invalid_box
 from fastcontrast.backends.triton import INTERPRETED
-from fastcontrast.backends.triton.launch import patch_launch
+from fastcontrast.backends.triton.launch import gathering, patch_launch
 from fastcontrast.backends.triton.patch_cuts import (
     cut_patches_kernel,
     load_pixels,
@@ -252,7 +252,8 @@ def _cut(
     stride, last = out.stride(), out.stride(2) == 1 and out.stride(4) == channels > 1
     lines, columns = (height, width * channels) if last else (channels * height, width)
     patches = batch * num_patches
-    name = "draw and cut" if kernel is random_patches_kernel else "cut"
+    drawing = "draw and cut" if pixels.plain else "draw and resize"
+    name = drawing if kernel is random_patches_kernel else "cut"
     sizes = patch_launch(name, patches, lines, columns, interpreted=INTERPRETED)
     blocks = triton.cdiv(lines, sizes.lines), triton.cdiv(columns, sizes.columns)
     image_strides = dict(zip(IMAGE_STRIDES, images.stride(), strict=True))
@@ -285,7 +286,10 @@ def extract_patches_backward(
     arithmetic = _arithmetic(grad, grad_images)
     maps = _channel_maps(pixels, channels, arithmetic, grad_images.dtype, grad.device)
     order, starts = (None, None) if index is None else rows_of_images(index, count)
-    kernel = "gather" if pixels.plain else "gather resized"
+    reflected, capability = pixels.padding_mode == "reflect", None
+    if not INTERPRETED:
+        capability = torch.cuda.get_device_capability(grad.device)
+    kernel = gathering(pixels.plain, reflected, arithmetic == tl.float64, capability)
     sizes = patch_launch(kernel, channels, image_height, image_width, interpreted=INTERPRETED)
     blocks = (
         triton.cdiv(channels, sizes.outer), triton.cdiv(image_height, sizes.lines),
@@ -295,7 +299,7 @@ def extract_patches_backward(
         grad, coords.contiguous(), _contiguous(flips), order, starts, maps, grad_images,
         grad.shape[1], channels, image_height, image_width, *grad.shape[3:], *blocks,
         *grad.stride(), METHOD=pixels.interpolation, ANTIALIAS=pixels.antialias,
-        PADDING=pixels.padding_mode, FOLDS=9 if pixels.padding_mode == "reflect" else 1,
+        PADDING=pixels.padding_mode, FOLDS=9 if reflected else 1,
         SCALE=bool(pixels.scale), INT=_integers(pixels, grad_images.shape, grad.shape),
         ACC=arithmetic, CHANNELS=sizes.outer, LINES=sizes.lines, COLUMNS=sizes.columns,
         num_warps=sizes.warps,

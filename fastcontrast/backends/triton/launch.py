@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from fastcontrast.backends.triton.launch_table import SIZES
+from fastcontrast.backends.triton.launch_table import SIZES, SIZES_OF_METRIC
 
 # Up to this dimension a program keeps whole points; beyond, PyTorch's GEMMs do it (wide.py).
 LARGEST_FUSED = 256
@@ -70,7 +70,13 @@ def is_fused(kernel: str, kind: str, dim: int, capability: tuple[int, int] | Non
 
 
 def launch(
-    kernel: str, kind: str, dim: int, capability: tuple[int, int] | None, *, many: bool = False
+    kernel: str,
+    kind: str,
+    dim: int,
+    capability: tuple[int, int] | None,
+    *,
+    metric: str = "l2",
+    many: bool = False,
 ) -> Launch:
     """Sizes for one call.
 
@@ -79,19 +85,45 @@ def launch(
         kind: One of KINDS, or of NEAREST_KINDS.
         dim: Dimension of the points, at most LARGEST_FUSED but for "nearest".
         capability: Of the device; None under the interpreter.
+        metric: "l2", "sqeuclidean" or "dot"; the same for "nearest".
         many: Whether the call has what other_many is for.
     """
     if capability is None:
         return INTERPRETED_NEAREST if kernel == "nearest" else INTERPRETED
     if kernel == "nearest":
         dim = min(dim, LARGEST_FUSED)
-    found = Launch(*SIZES[architecture(capability), kernel, kind, dimension_class(dim)])
+    key = (architecture(capability), kernel, kind, dimension_class(dim))
+    found = Launch(*SIZES_OF_METRIC.get((*key, metric), SIZES[key]))
     return found._replace(other=found.other_many) if many else found
 
 
 # Small, so that test shapes have several tiles on both sides, and unlike on the two sides.
 INTERPRETED = Launch(block=64, other=32, other_many=32, part=0, warps=1, stages=1)
 INTERPRETED_NEAREST = Launch(block=64, other=128, other_many=128, part=16, warps=1, stages=1)
+
+
+# For scores that a GEMM has written (wide.py).
+WIDE = Launch(block=8, other=256, other_many=256, part=16, warps=8, stages=2)
+
+
+def wide_launch(kernel: str, kind: str, capability: tuple[int, int] | None) -> Launch:
+    """Sizes beyond LARGEST_FUSED dimensions, and for what has no entry in the table.
+
+    Near an even share of the registers (128 of them for two programs of eight warps) the assembler
+    would rather spill than have one program less, so that other tiles do than larger ones.
+
+    Args:
+        kernel: "statistics", "weights", or "near columns", which has the tiles of the weights.
+        kind: One of KINDS.
+        capability: Of the device; None under the interpreter.
+    """
+    arch = None if capability is None else architecture(capability)
+    if kind == "float64":
+        other = 64 if arch == 100 and kernel != "statistics" else 128
+        return WIDE._replace(other=other, other_many=other)
+    if arch == 80 and kernel == "statistics":
+        return WIDE._replace(warps=4)
+    return WIDE
 
 
 class PatchLaunch(NamedTuple):
@@ -110,24 +142,46 @@ class PatchLaunch(NamedTuple):
     warps: int
 
 
-# Elements of a program's tile, its longest line, and warps: forward, where the output is written;
-# backward, where gradients are gathered, from boxes as they are or resized and padded, which takes
-# more registers; draws. For every GPU.
+# Elements of a program's tile, its longest line, and warps: forward, where the output is written,
+# from boxes that are given, or drawn and taken as they are, or drawn and resized; backward, where
+# gradients are gathered, from boxes as they are or resized and padded, which takes more registers,
+# and by halves where these would not do (gathering); draws. For every GPU.
 PATCHES = {
     "cut": (2048, 128, 8),
     "draw and cut": (1024, 128, 8),
+    "draw and resize": (512, 128, 4),
     "gather": (1024, 64, 4),
     "gather resized": (1024, 32, 8),
+    "gather by halves": (512, 32, 8),
     "draw": (128, 128, 4),
 }
 # Under the interpreter, where a program takes long and its size hardly matters.
 PATCHES_INTERPRETED = {
     "cut": (1 << 15, 128, 1),
     "draw and cut": (1 << 15, 128, 1),
+    "draw and resize": (1 << 15, 128, 1),
     "gather": (1 << 13, 64, 1),
     "gather resized": (1 << 13, 64, 1),
+    "gather by halves": (1 << 13, 64, 1),
     "draw": (1 << 14, 1 << 14, 1),
 }
+
+
+def gathering(
+    plain: bool, reflected: bool, float64: bool, capability: tuple[int, int] | None
+) -> str:
+    """Which of PATCHES gathers gradients.
+
+    Args:
+        plain: Of boxes as they are.
+        reflected: Of images padded by reflection.
+        float64: In float64.
+        capability: Of the device; None under the interpreter.
+    """
+    if plain:
+        return "gather"
+    old = capability is not None and architecture(capability) == 80
+    return "gather by halves" if float64 or (reflected and old) else "gather resized"
 
 
 @lru_cache(maxsize=256)

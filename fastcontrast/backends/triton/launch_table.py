@@ -4,7 +4,8 @@ Per architecture, kernel, kind of operands and class of dimensions: points that 
 points of a tile, the same where a call has more to do (launch.Launch), columns at a time, warps,
 stages. MEASURED says which entries have been timed, where and when; the others are the largest that
 compile without spilling registers. What has no entry spills at every size, and goes to wide.py.
-"nearest" takes any dimension, those beyond the last class in parts.
+"nearest" takes any dimension, those beyond the last class in parts. SIZES_OF_METRIC has the metrics
+for which the sizes of the others spill.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ SIZES: dict[tuple[int, str, str, int], tuple[int, ...]] = {
     (90, "nearest", "float16", 128): (128, 64, 64, 0, 8, 3),
     (90, "nearest", "float16", 256): (128, 64, 64, 64, 8, 3),
     (100, "nearest", "float64", 32): (32, 32, 32, 0, 4, 2),
-    (100, "nearest", "float64", 64): (32, 32, 32, 0, 4, 2),
+    (100, "nearest", "float64", 64): (32, 32, 32, 0, 4, 3),
     (100, "nearest", "float64", 128): (32, 32, 32, 0, 4, 2),
     (100, "nearest", "float64", 256): (32, 32, 32, 16, 4, 2),
     (100, "nearest", "tf32", 32): (64, 32, 32, 0, 4, 2),
@@ -180,4 +181,12 @@ SIZES: dict[tuple[int, str, str, int], tuple[int, ...]] = {
     (100, "nearest", "float16", 64): (64, 32, 32, 0, 4, 2),
     (100, "nearest", "float16", 128): (64, 32, 32, 0, 4, 2),
     (100, "nearest", "float16", 256): (64, 32, 32, 64, 4, 2),
+}
+
+SIZES_OF_METRIC: dict[tuple[int, str, str, int, str], tuple[int, ...]] = {
+    (100, "gradients", "bfloat16", 32, "sqeuclidean"): (128, 64, 32, 0, 8, 2),
+    (100, "gradients", "bfloat16", 64, "sqeuclidean"): (128, 64, 32, 0, 8, 3),
+    (100, "gradients", "float16", 32, "sqeuclidean"): (128, 32, 32, 0, 8, 3),
+    (100, "gradients", "float16", 64, "sqeuclidean"): (128, 32, 32, 0, 8, 2),
+    (100, "statistics", "float16", 256, "sqeuclidean"): (64, 32, 16, 0, 4, 2),
 }

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcontrast.backends.float32_products import float32_products
-from fastcontrast.backends.triton.launch import Launch
+from fastcontrast.backends.triton.launch import WIDE, Launch
 from fastcontrast.backends.triton.operands import Operands, Points
 from fastcontrast.backends.triton.point_gradients import (
     add_differences,
@@ -50,10 +50,6 @@ from fastcontrast.backends.triton.tiles import (
 
 # Scores of a block of rows: 128 MiB in float32, and weights beside them.
 BLOCK_SCORES = 1 << 25
-BLOCK_M = 8
-BLOCK_N = 256
-# The statistics of a block, from its scores alone.
-WIDE = Launch(block=BLOCK_M, other=BLOCK_N, other_many=BLOCK_N, part=16, warps=8, stages=2)
 
 
 @triton.jit
@@ -218,9 +214,10 @@ class Weights:
         tables: tuple[Tensor, Tensor | None],
         signs_mix: tuple[bool, bool],
         needs: tuple[bool, bool, bool],
+        sizes: Launch,
     ) -> None:
         self.operands, self.tensors, self.options = operands, tensors, options
-        self.tables, self.needs = tables, needs
+        self.tables, self.needs, self.sizes = tables, needs, sizes
         self.has_entropy, self.has_sum = signs_mix
         (m, dim), n = operands.x.given.shape, operands.y.given.shape[0]
         self.x = tables[0].new_zeros((m, dim) if needs[0] else (0,))
@@ -231,14 +228,14 @@ class Weights:
 
     def add_block(self, rows: slice, dots: Tensor) -> None:
         """Turn the dot products of a block into weights, and apply them; ``dots`` is spent."""
-        operands, (table, columns) = self.operands, self.tables
+        operands, (table, columns), sizes = self.operands, self.tables, self.sizes
         x, y, kind = operands.x, operands.y, operands.kind
         count, n = dots.shape
         two = kind == "bf16x3" or (kind == "bfloat16" and (self.has_entropy or self.has_sum))
         half = kind in ("bf16x3", "bfloat16")
         weights = torch.empty_like(dots, dtype=torch.bfloat16 if half else dots.dtype)
         low = torch.empty_like(weights) if two else weights
-        blocks, tiles = triton.cdiv(count, BLOCK_M), triton.cdiv(n, BLOCK_N)
+        blocks, tiles = triton.cdiv(count, sizes.block), triton.cdiv(n, sizes.other)
         flags = torch.zeros(blocks * tiles, dtype=torch.int8, device=dots.device)
         weigh_scores_kernel[(blocks,)](
             dots, weights, low, flags, x.sqnorm, y.sqnorm, x.given, y.given, operands.scale,
@@ -247,8 +244,8 @@ class Weights:
             *x.given.stride(), *y.given.stride(),
             **self.options, HAS_ENTROPY=self.has_entropy, HAS_SUM=self.has_sum,
             HAS_COLUMNS=columns is not None, SPLIT=two, ROUND=operands.weight_rounding,
-            NEEDS_X=self.needs[0], ACC=operands.acc, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-            num_warps=WIDE.warps,
+            NEEDS_X=self.needs[0], ACC=operands.acc, BLOCK_M=sizes.block, BLOCK_N=sizes.other,
+            num_warps=sizes.warps,
         )  # fmt: skip
         parts = (weights, low) if two else (weights,)
         distances = self.options["METRIC"] != DOT.value
@@ -270,7 +267,8 @@ class Weights:
                 near_columns_kernel[(tiles,)](
                     dots, flags, x.given, y.given, self.y, rows.start, count, n, x.given.shape[1],
                     *x.given.stride(), *y.given.stride(),
-                    ACC=operands.acc, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=WIDE.warps,
+                    ACC=operands.acc, BLOCK_M=sizes.block, BLOCK_N=sizes.other,
+                    num_warps=sizes.warps,
                 )  # fmt: skip
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,10 +279,15 @@ class Weights:
         return self.x, self.y, self.product
 
 
+def rows_of_block(n: int) -> int:
+    """Rows whose products with n columns are in memory at a time."""
+    return max(WIDE.block, BLOCK_SCORES // n // WIDE.block * WIDE.block)
+
+
 def blocks_of_products(operands: Operands, metric: str) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows with their dot products [R, N] in the accumulator dtype."""
     m, n = operands.x.given.shape[0], operands.y.given.shape[0]
-    step = max(BLOCK_M, BLOCK_SCORES // n // BLOCK_M * BLOCK_M)
+    step = rows_of_block(n)
     x_sides, y_sides = _sides(operands.x), _sides(operands.y)
     # bfloat16 parts: low with low only where norms are subtracted, as in tiles.products.
     pairs = [(a, b) for a in x_sides[::-1] for b in y_sides[::-1]]
