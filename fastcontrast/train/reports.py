@@ -156,7 +156,8 @@ def plot_finished(path: Path, method: str = "pca") -> list[Path]:
     if isinstance(config, TemporalConfig):
         dataset = temporal.read_frames(config)
     else:
-        dataset = load_dataset(config.data, config.dataset, config.image_size or None)
+        size = config.image_size or None
+        dataset = load_dataset(config.data, config.dataset, size, unlabelled=False)
     return plots.plot_run(run, config, dataset, method)
 
 
