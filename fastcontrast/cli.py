@@ -66,7 +66,7 @@ RUN is the folder of a run of fastcontrast train.
 
 eval    trains a linear layer and a linear SVM on the frozen embeddings of the images whose labels
         the run had, lets nearest neighbours among them vote, and prints each test error with its
-        protocol
+        protocol; of a run by folds, fold 0 is judged, and results.json has the mean over folds
 embed   writes the embeddings of all training and test images with their labels
 plot    draws curves, embedding, confusion matrix and nearest neighbours from the run's files; tsne
         and umap need pip install "fastcontrast[plots]", and leave the picture by pca beside theirs

@@ -25,8 +25,8 @@ from fastcontrast.data import (
     verify,
 )
 from fastcontrast.data.matlab import read_mat
-from fastcontrast.train import stage
-from fastcontrast.train.config import SemisupConfig
+from fastcontrast.train import semisup, spatial, stage, triplet
+from fastcontrast.train.config import SemisupConfig, SpatialConfig, TripletConfig
 from fastcontrast.train.models import semisup_network
 
 FULL = os.environ.get("FASTCONTRAST_DATA")
@@ -146,8 +146,24 @@ def test_stl10(tmp_path, place):
     assert data.name == "stl10-layout"  # two images are not STL-10
     assert data.class_names[7] == "monkey"
     assert load_stl10(tmp_path, unlabelled=False).unlabelled_images is None
+    assert load_dataset(tmp_path, unlabelled=False).unlabelled_images is None
     (tmp_path / place / "unlabeled_X.bin").unlink()
     assert load_dataset(tmp_path).unlabelled_images is None
+
+
+def test_only_who_needs_unlabelled_images_reads_them(tmp_path):
+    place = {"data": str(write_stl10(tmp_path)), "device": "cpu"}
+    few = SpatialConfig(**place, labels_per_class=1, batch_size=4, pretraining_steps=0)
+    jobs = {
+        "triplet": triplet.prepare(TripletConfig(**place, held_out=0.0), open_folder=False),
+        "semisup": semisup.prepare(SemisupConfig(**place, labels_per_class=1), open_folder=False),
+        "fine-tuning": spatial.prepare(dataclasses.replace(few, out_dir=tmp_path / "runs")),
+        "contrasting": spatial.prepare(
+            dataclasses.replace(few, out_dir=tmp_path / "more", pretraining_steps=1)
+        ),
+    }
+    have = {name for name, job in jobs.items() if job.dataset.unlabelled_images is not None}
+    assert have == {"semisup", "contrasting"}
 
 
 @pytest.mark.parametrize("split", [False, True])

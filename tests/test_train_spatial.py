@@ -13,7 +13,7 @@ from runs_of import assert_same_run, stop_after
 from torch import nn
 
 from fastcontrast import sample_coords
-from fastcontrast.train import contrasts, loop, models, plots, spatial
+from fastcontrast.train import contrasts, loop, models, plots, reports, spatial
 from fastcontrast.train.config import SpatialConfig
 from fastcontrast.train.runs import RunFolder, read_metrics
 from fastcontrast.train.spatial import PatchTargets, contrast_patches, train_spatial
@@ -206,6 +206,10 @@ def test_folds_are_trained_on_one_by_one(config, tmp_path):
     assert "mean of 2 folds, deviation" in figure.protocol
     saved = json.loads(result.run.results.read_text())
     assert saved["figures"][-1]["value"] == figure.value
+    loaded = reports.load_run(result.run.path)
+    assert loaded.source.parent.parent.name == "finetuned-fold0"
+    figures = reports.evaluate_run(loaded)
+    assert all(f.protocol.endswith(", fold 0 of 2 alone") for f in figures)
 
 
 def test_patches_of_images_and_folders_of_pictures(config, tmp_path):

@@ -148,7 +148,10 @@ NAMES = ("mnist", "cifar10", "svhn", "stl10", "folder")
 
 
 def load_dataset(
-    data: str | os.PathLike[str], name: str = "auto", image_size: int | None = None
+    data: str | os.PathLike[str],
+    name: str = "auto",
+    image_size: int | None = None,
+    unlabelled: bool = True,
 ) -> ImageDataset:
     """Read the data set in a folder.
 
@@ -156,6 +159,7 @@ def load_dataset(
         data: The folder, or ``"sample"`` for the embedded MNIST sample.
         name: Which of ``NAMES`` is wanted; ``"auto"`` takes what is there.
         image_size: For folders of pictures: see :func:`load_image_folder`.
+        unlabelled: Whether to read STL-10's unlabelled images, 2.8 GB, if they are there.
 
     Returns:
         The data set.
@@ -172,6 +176,8 @@ def load_dataset(
     name = _name_of_set(root, name)
     if name == "folder":
         return load_image_folder(root, image_size)
+    if name == "stl10":
+        return stl10.load_stl10(root, unlabelled)
     return LAYOUTS[name].load(root)
 
 

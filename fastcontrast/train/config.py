@@ -29,7 +29,8 @@ class RunConfig:
     dataset: Literal["auto", "mnist", "cifar10", "svhn", "stl10", "folder"] = "auto"
     """Which data set of the folder. "auto": the one that is there."""
     image_size: int = 0
-    """Side in pixels to which pictures of a folder are brought. 0: all have one size already."""
+    """Side in pixels to which pictures of a folder are brought. 0: all have one size already, as
+    frames of sequences must."""
     network: Literal["auto", "mnist", "cifar10", "stl10"] = "auto"
     """The paper's network for which data set. "auto": by the size of the images."""
     normalise: Literal["global", "bytes"] = "global"

@@ -52,7 +52,7 @@ def load_run(path: Path, checkpoint: str = "last", device: str = "auto") -> Load
 
     Returns:
         Both. Of spatial contrasting the network is the fine-tuned trunk with its features averaged,
-        or the pretrained trunk if there is no other.
+        or the pretrained trunk if there is no other; of a run by folds that of fold 0.
 
     Raises:
         FileNotFoundError: If there is no run, or its data is missing.
@@ -112,6 +112,10 @@ def evaluate_run(loaded: Loaded) -> list[Figure]:
     _, figures = triplet.judge_frozen(
         points, labels, loaded.embed(dataset.test_images), test_labels, loaded.job.config.seed
     )
+    config = loaded.job.config
+    if isinstance(config, SpatialConfig) and config.protocol == "folds":
+        note = f", fold 0 of {len(dataset.folds)} alone"
+        figures = [replace(figure, protocol=figure.protocol + note) for figure in figures]
     return figures
 
 
@@ -152,7 +156,8 @@ def plot_finished(path: Path, method: str = "pca") -> list[Path]:
     if isinstance(config, TemporalConfig):
         dataset = temporal.read_frames(config)
     else:
-        dataset = load_dataset(config.data, config.dataset, config.image_size or None)
+        size = config.image_size or None
+        dataset = load_dataset(config.data, config.dataset, size, unlabelled=False)
     return plots.plot_run(run, config, dataset, method)
 
 

@@ -114,7 +114,8 @@ def prepare(config: SpatialConfig, *, open_folder: bool = True) -> stage.Job[Spa
     def make(name: str, channels: int) -> nn.Module:
         return models.spatial_trunk(name, channels, config.slope)
 
-    job = stage.prepare(config, make, check, open_folder=False)
+    unlabelled = open_folder and config.pretraining_steps > 0  # only contrasting has a use for them
+    job = stage.prepare(config, make, check, open_folder=False, unlabelled=unlabelled)
     with torch.device("meta"), torch.no_grad():
         trunk = make(job.network, job.channels).eval()
         shape = job.dataset.train_images.shape[2:]

@@ -116,6 +116,7 @@ def prepare(
     check: Callable[[ImageDataset], Any] = lambda dataset: None,
     *,
     open_folder: bool = True,
+    unlabelled: bool = True,
 ) -> Job[Config]:
     """Read the data and open the run folder, so that only training is left.
 
@@ -126,6 +127,7 @@ def prepare(
         make: Builds the recipe's network from its name and the number of channels.
         check: Raises ValueError if the data set does not do for the recipe.
         open_folder: Whether to make the run folder; otherwise ``config`` is that of a finished run.
+        unlabelled: Whether the recipe has a use for images without labels.
 
     Returns:
         The job.
@@ -137,7 +139,7 @@ def prepare(
     """
     device = find_device(config.device)
     check_switches(config, device)
-    dataset = load_dataset(config.data, config.dataset, config.image_size or None)
+    dataset = load_dataset(config.data, config.dataset, config.image_size or None, unlabelled)
     if warning := other_sizes(config.data, config.dataset):
         print(f"warning: {warning}", flush=True)
     check(dataset)

@@ -162,7 +162,7 @@ def prepare(config: TripletConfig, *, open_folder: bool = True) -> stage.Job[Tri
     def make(name: str, channels: int) -> nn.Module:
         return models.triplet_network(name, channels, config.dropout)
 
-    return stage.prepare(config, make, check, open_folder=open_folder)
+    return stage.prepare(config, make, check, open_folder=open_folder, unlabelled=False)
 
 
 def build_model(config: TripletConfig, network: str, channels: int) -> nn.Module:
