@@ -70,14 +70,16 @@ def render(tree: Path, study: str, data: Path | str) -> str:
     """The page around the section stays; the picture is drawn, and the record kept."""
     name = contrast_pages.stem(read(tree / "record.json"))
     page = tree / "docs" / "contrast.md"
-    page.write_text(f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n", "utf-8")
+    page.write_text(
+        f"before\n<!-- {name} -->\nwhat stood here\n<!-- end of {name} -->\nafter\n", "utf-8"
+    )
     run(tree, study, data, "--render")
     assert read(tree / "benchmarks" / "results" / f"{name}.json") == read(tree / "record.json")
     assert (tree / "docs" / "images" / f"{name}.png").stat().st_size > 1000
     text = page.read_text("utf-8")
     assert text.startswith(f"before\n<!-- {name} -->\n\n### {STUDIES[study].title}")
     assert text.endswith(f"\n<!-- end of {name} -->\nafter\n")
-    assert "old" not in text
+    assert "what stood here" not in text
     return text
 
 
@@ -86,6 +88,7 @@ def render(tree: Path, study: str, data: Path | str) -> str:
     [
         ("triplet", ["uniform", "batch-hard"]),
         ("anchors", ["random", "class-mean"]),
+        pytest.param("spatial", ["none", "queue"], marks=pytest.mark.slow),
     ],
 )
 def test_a_study_of_images_runs_resumes_and_is_rendered(
