@@ -41,6 +41,16 @@ def points(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).float().double()  # exact in both dtypes
 
 
+def test_a_required_peer_that_is_missing_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCONTRAST_REQUIRED_PEERS", "math no_such_library")
+    assert peers.peer("math").pi > 3
+    with pytest.raises(ImportError, match="no_such_library"):
+        peers.peer("no_such_library.losses")
+    monkeypatch.setenv("FASTCONTRAST_REQUIRED_PEERS", "math")
+    with pytest.raises(pytest.skip.Exception):
+        peers.peer("no_such_library.losses")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("mode", ["none", "unpaired", "paired"])

@@ -9,7 +9,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from mnist_files import write_mnist
 
@@ -71,14 +70,16 @@ def render(tree: Path, study: str, data: Path | str) -> str:
     """The page around the section stays; the picture is drawn, and the record kept."""
     name = contrast_pages.stem(read(tree / "record.json"))
     page = tree / "docs" / "contrast.md"
-    page.write_text(f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n", "utf-8")
+    page.write_text(
+        f"before\n<!-- {name} -->\nwhat stood here\n<!-- end of {name} -->\nafter\n", "utf-8"
+    )
     run(tree, study, data, "--render")
     assert read(tree / "benchmarks" / "results" / f"{name}.json") == read(tree / "record.json")
     assert (tree / "docs" / "images" / f"{name}.png").stat().st_size > 1000
     text = page.read_text("utf-8")
     assert text.startswith(f"before\n<!-- {name} -->\n\n### {STUDIES[study].title}")
     assert text.endswith(f"\n<!-- end of {name} -->\nafter\n")
-    assert "old" not in text
+    assert "what stood here" not in text
     return text
 
 
@@ -125,29 +126,3 @@ def test_a_study_of_images_runs_resumes_and_is_rendered(
     (tree / "docs" / "contrast.md").write_text("nothing here")
     with pytest.raises(ValueError, match="wanted one <!--"):
         run(tree, study, data, "--render")
-
-
-@pytest.mark.slow
-def test_the_study_of_time_runs_on_every_task(tree: Path) -> None:
-    data, random = tree / "temporal", np.random.default_rng(0)
-    data.mkdir()
-    np.save(data / "coil20.npy", random.integers(0, 256, (20, 50, 32, 32), dtype=np.uint8))
-    np.save(data / "vtest.npy", random.integers(0, 256, (96, 24, 32, 3), dtype=np.uint8))
-    rows = [f"{k}," + ",".join(map(str, random.integers(0, 99, 9))) + ",0" for k in range(1200)]
-    (data / "daphnet.csv").write_text("\n".join(["header", *rows]))
-    variants = [
-        "digits, contrast", "objects, prediction", "angles, neighborhood", "motion, triplet",
-        "video, contrast", "video, autoencoder",
-    ]  # fmt: skip
-    record = run(tree, "temporal", data, "--steps", "2", "--seeds", "0", "--variants", *variants)
-    assert [run["variant"] for run in record["runs"]] == variants
-    assert all(contrast_pages.FAR in run["figures"] for run in record["runs"])
-    (sheet,) = [run["nearest"] for run in record["runs"] if run["variant"] == "video, contrast"]
-    assert set(sheet) == {"contrast", "random network", "pixels"}
-    text = render(tree, "temporal", data)
-    assert "![temporal video](images/contrast_temporal_video.png)" in text
-    assert "| prediction |" in text
-    assert "| triplet |" in text
-    rest = text.partition("| trained by |")[2]
-    assert "| contrast | " in rest
-    assert "| – |" in rest  # what was not run
