@@ -15,7 +15,9 @@ import cuda_emulation
 import on_cuda
 import pytest
 import torch
+from cuda_emulation.guarded import PAGE, guarded_bytes
 from torch import Tensor
+from variants import active, variants
 
 import fastcontrast as fc
 from fastcontrast.backends import native
@@ -69,6 +71,40 @@ def test_shuffles_and_votes(order: str) -> None:
 def test_mistakes_are_found(name: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=rf"{name} of 2x1x1 blocks of 64 threads: .*{message}"):
         probe(name, IN)
+
+
+@pytest.mark.parametrize(("begin", "thread"), [(0, None), (1, 63), (16, 48), (-1024, 0)])
+@pytest.mark.parametrize("writes", [False, True])
+def test_access_beyond_a_tensor_is_found(writes: bool, begin: int, thread: int | None) -> None:
+    """The words from ``begin`` on of 64: all there, one and 16 too many, and a page too early."""
+    inside, tensor = (guarded_bytes(256).view(torch.int32) for _ in range(2))
+    addresses = [inside.data_ptr(), tensor.data_ptr() + 4 * begin]
+    copy = cuda_emulation.module().copy_words
+    if thread is None:
+        inside.copy_(torch.arange(64))
+        copy(*addresses)
+        assert torch.equal(tensor, inside)
+        return
+    message = f"copy_each of 1x1x1 blocks of 64 threads: thread {thread} accesses memory beyond"
+    with cuda_emulation.active(), pytest.raises(RuntimeError, match=message):
+        copy(*(addresses if writes else addresses[::-1]))
+
+
+def test_kernels_get_guarded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points and results of the conformance suite: one row more than there is would be found."""
+    (emulated,) = (v for v in variants("triplet_distances") if v.device == "emulated_cuda")
+    points, words = [torch.randn(40, 16) for _ in range(3)], set()
+
+    def forward(addresses: tuple[int, ...], *rest: Any) -> None:
+        (distances, _), rows = rest[-2:], 40
+        for address, size in [*((a, 64 * rows) for a in addresses), (distances[0], 4 * rows)]:
+            words.add((address + size) % PAGE)
+
+    with active(emulated):
+        module = native.devices.kernels(points[0])
+        monkeypatch.setattr(module, "triplet_distances_forward", forward)
+        fc.triplet_distances(*points, backend="native")
+    assert words == {0}
 
 
 def test_copies_arrive_when_they_are_waited_for() -> None:
