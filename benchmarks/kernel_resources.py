@@ -22,6 +22,13 @@ KERNEL_FILES = sorted(p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.stem
 ARCHITECTURES = (80, 86, 90, 100)
 TABLE = ROOT / "docs" / "kernel_resources.md"
 
+# KiB of shared memory that a launch may add to what the compiler knows: the launchers' own limits.
+DYNAMIC = {
+    "point_gradients": 80, "row_statistics": 80,  # MOST_SHARED of csrc/cuda/point_walk.h
+    "tensor_point_gradients": 48, "tensor_row_statistics": 48,  # of distance_softmax_tensor.cu
+    "search_rows": 44,  # of 48 with its static memory, csrc/cuda/nearest.cu
+}  # fmt: skip
+
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?")
@@ -126,11 +133,13 @@ def table(by_file: dict[str, list[Resources]]) -> str:
         "measured on a GPU. Registers of a thread: least to most over the kernel's variants",
         "(element types, vector widths). No kernel spills registers or has local memory; `.ci/run`",
         "holds this where nvcc is installed. With up to 32 registers a multiprocessor can be full.",
+        "Shared memory of a block: static, as the compiler has it, and what a launch adds at most,",
+        "by its own limit.",
         "",
         "| file | kernel | variants | "
         + " | ".join(f"sm_{a}" for a in ARCHITECTURES)
-        + " | shared memory, bytes |",
-        "| --- | --- | ---: |" + " ---: |" * (len(ARCHITECTURES) + 1),
+        + " | static shared, bytes | dynamic, up to |",
+        "| --- | --- | ---: |" + " ---: |" * (len(ARCHITECTURES) + 2),
     ]
     for file, found in by_file.items():
         groups: dict[str, list[Resources]] = defaultdict(list)
@@ -142,6 +151,7 @@ def table(by_file: dict[str, list[Resources]]) -> str:
                 used = [r.registers for r in rows if r.architecture == a]
                 cells.append(f"{min(used)}–{max(used)}" if min(used) < max(used) else f"{used[0]}")
             cells.append(str(max(r.shared for r in rows)))
+            cells.append(f"{DYNAMIC[kernel]} KiB" if kernel in DYNAMIC else "0")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

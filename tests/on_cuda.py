@@ -2,10 +2,13 @@
 
 Storage is copied, not values, so that layouts, offsets and what lies around a tensor are those of
 the test; what a kernel writes comes back into the same places. `variants.py` puts it in the table.
+The emulated kernels get copies as well, in memory that ends where a storage ends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -18,17 +21,24 @@ ON_CPU = ("first_invalid_box",)  # looks at coordinates that are on the CPU, and
 
 
 class Copies:
-    """Copies of storages on a device, one for each, and tensors on them."""
+    """Copies of storages on a device, one for each, and tensors on them.
 
-    def __init__(self, device: str) -> None:
+    With ``bytes_for``, in the memory that it gives for a number of bytes.
+    """
+
+    def __init__(self, device: str, bytes_for: Callable[[int], Tensor] | None = None) -> None:
         self.device = device
+        self.bytes_for = bytes_for or self._bytes
         self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def _bytes(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.uint8, device=self.device)
 
     def of(self, tensor: Tensor) -> Tensor:
         """The tensor on a copy of its storage."""
         source = tensor.detach().untyped_storage()
         if source.data_ptr() not in self.storages:
-            copy = torch.empty(source.nbytes(), dtype=torch.uint8, device=self.device)
+            copy = self.bytes_for(source.nbytes())
             self.storages[source.data_ptr()] = source, copy.untyped_storage()
             copy.untyped_storage().copy_(source)
         found = torch.empty(0, dtype=tensor.dtype, device=self.device)
@@ -42,11 +52,21 @@ class Copies:
 
 
 class Carried(ModuleType):
-    """A backend of another device that takes CPU tensors: they travel there and back."""
+    """A backend of another device that takes CPU tensors: they travel there and back.
 
-    def __init__(self, module: ModuleType, device: str) -> None:
+    Its entries run inside of ``around()``.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        device: str,
+        bytes_for: Callable[[int], Tensor] | None = None,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         super().__init__(module.__name__)
-        self._module, self._device = module, device
+        self._module, self._device, self._bytes_for = module, device, bytes_for
+        self._around = around
 
     def why_not(self, op: str, tensor: Tensor) -> str | None:
         return self._module.why_not(op, tensor.new_empty(0, device=self._device))
@@ -57,8 +77,9 @@ class Carried(ModuleType):
             return entry
 
         def carried(*args: Any) -> Any:
-            copies = Copies(self._device)
-            result = entry(*tree_map_only(Tensor, copies.of, args))
+            copies = Copies(self._device, self._bytes_for)
+            with self._around():
+                result = entry(*tree_map_only(Tensor, copies.of, args))
             copies.write_back()
             if name in DRAWS and result < 0:  # ask again what a GPU may say too late
                 from fastcontrast.backends.native import extract_patches as patch_kernels

@@ -92,3 +92,19 @@ def test_the_table_is_of_the_kernels_that_are_there() -> None:
     bounds = r"(?:__launch_bounds__\([^()]*(?:\([^()]*\)[^()]*)*\)\s+)?"
     kernels = re.findall(rf"__global__ void\s+{bounds}(\w+)\(", re.sub("//.*", "", sources))
     assert sorted(kernels) == sorted(table), "python -m benchmarks.kernel_resources"
+
+
+def test_the_table_has_the_kernels_with_dynamic_shared_memory() -> None:
+    """Those that ask for it, and within what their launchers allow."""
+    bodies = "".join(p.read_text() for p in kernel_resources.KERNEL_FILES).split("__global__ void")
+    dynamic = {
+        name
+        for body in bodies[1:]
+        if "FASTCONTRAST_SHARED(" in body
+        for name in re.findall(r"^[^{]*?\b([a-z_]+)\((?:const|Pairs)", body)
+    }
+    assert dynamic == kernel_resources.DYNAMIC.keys()
+    limits = {"point_walk.h": 80, "distance_softmax_tensor.cu": 48}
+    for file, limit in limits.items():
+        text = (ROOT / "csrc" / "cuda" / file).read_text()
+        assert f"MOST_SHARED = {limit} << 10;" in text

@@ -15,7 +15,9 @@ import cuda_emulation
 import on_cuda
 import pytest
 import torch
+from cuda_emulation.guarded import PAGE, guarded_bytes
 from torch import Tensor
+from variants import active, variants
 
 import fastcontrast as fc
 from fastcontrast.backends import native
@@ -69,6 +71,40 @@ def test_shuffles_and_votes(order: str) -> None:
 def test_mistakes_are_found(name: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=rf"{name} of 2x1x1 blocks of 64 threads: .*{message}"):
         probe(name, IN)
+
+
+@pytest.mark.parametrize(("begin", "thread"), [(0, None), (1, 63), (16, 48), (-1024, 0)])
+@pytest.mark.parametrize("writes", [False, True])
+def test_access_beyond_a_tensor_is_found(writes: bool, begin: int, thread: int | None) -> None:
+    """The words from ``begin`` on of 64: all there, one and 16 too many, and a page too early."""
+    inside, tensor = (guarded_bytes(256).view(torch.int32) for _ in range(2))
+    addresses = [inside.data_ptr(), tensor.data_ptr() + 4 * begin]
+    copy = cuda_emulation.module().copy_words
+    if thread is None:
+        inside.copy_(torch.arange(64))
+        copy(*addresses)
+        assert torch.equal(tensor, inside)
+        return
+    message = f"copy_each of 1x1x1 blocks of 64 threads: thread {thread} accesses memory beyond"
+    with cuda_emulation.active(), pytest.raises(RuntimeError, match=message):
+        copy(*(addresses if writes else addresses[::-1]))
+
+
+def test_kernels_get_guarded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points and results of the conformance suite: one row more than there is would be found."""
+    (emulated,) = (v for v in variants("triplet_distances") if v.device == "emulated_cuda")
+    points, words = [torch.randn(40, 16) for _ in range(3)], set()
+
+    def forward(addresses: tuple[int, ...], *rest: Any) -> None:
+        (distances, _), rows = rest[-2:], 40
+        for address, size in [*((a, 64 * rows) for a in addresses), (distances[0], 4 * rows)]:
+            words.add((address + size) % PAGE)
+
+    with active(emulated):
+        module = native.devices.kernels(points[0])
+        monkeypatch.setattr(module, "triplet_distances_forward", forward)
+        fc.triplet_distances(*points, backend="native")
+    assert words == {0}
 
 
 def test_copies_arrive_when_they_are_waited_for() -> None:
@@ -170,23 +206,21 @@ def test_patches_are_drawn_and_cut_in_two_launches_at_most(call: str) -> None:
     torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-4)
 
 
-def test_a_million_draws_are_those_of_the_cpu() -> None:
+@pytest.mark.parametrize("scale", [None, (0.05, 1.0)])
+def test_a_million_draws_are_those_of_the_cpu(scale: tuple[float, float] | None) -> None:
     """Integers decide; in the kernels that cut, for fewer, where a block draws each."""
     ids = torch.arange(8000) * 137438953
-    how: dict[str, Any] = dict(
-        scale=(0.05, 1.0), hflip=0.5, vflip=0.25, seed=2**64 - 7, step=2**47 + 5
-    )
+    how: dict[str, Any] = dict(scale=scale, hflip=0.5, vflip=0.25, seed=2**64 - 7, step=2**47 + 5)
     truth = fc.sample_coords(8000, 125, (480, 641), 32, sample_ids=ids, backend="native", **how)
     with cuda_emulation.active():
         found = fc.sample_coords(8000, 125, (480, 641), 32, sample_ids=ids, backend="native", **how)
     assert torch.equal(found[0], truth[0])
     assert torch.equal(found[1], truth[1])
     image, first = torch.zeros(1, 1, 480, 641, dtype=torch.uint8), torch.zeros(400).long()
-    for scale in (None, how["scale"]):
-        options = how | {"scale": scale, "interpolation": "nearest", "index": first}
-        cut = [truth_or_found(image, ids[:400], options, emulated) for emulated in (False, True)]
-        assert torch.equal(cut[0].coords, cut[1].coords)
-        assert torch.equal(cut[0].flips, cut[1].flips)
+    options = how | {"interpolation": "nearest", "index": first}
+    cut = [truth_or_found(image, ids[:400], options, emulated) for emulated in (False, True)]
+    assert torch.equal(cut[0].coords, cut[1].coords)
+    assert torch.equal(cut[0].flips, cut[1].flips)
 
 
 def truth_or_found(image: Tensor, ids: Tensor, options: dict, emulated: bool) -> fc.Patches:

@@ -10,14 +10,17 @@
 //   - 16-byte access to an address that is no multiple of 16;
 //   - asynchronous copies that nobody waited for: they have not arrived;
 //   - a write just beyond dynamic shared memory; reads of it before a write give NaN;
+//   - any access beyond the memory of a tensor, where guarded.py has made that memory;
 //   - code that is right for one order of threads only: run it in several (set_order) and compare.
 // What it cannot show: time, memory ordering between blocks or without a barrier, the rounding of
 // the GPU's own instructions, divergence inside a warp, static shared memory that was not written
-// (it keeps what the block before left), and races that no order of whole stretches shows.
+// (it keeps what the block before left) or access beyond it, and races that no order of whole
+// stretches shows.
 #pragma once
 
 #include <math.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <ucontext.h>
@@ -102,6 +105,7 @@ struct Machine {
   const void* kernel = nullptr;
   void (*call)(const void*) = nullptr;
   std::exception_ptr error;
+  bool faulted = false;  // the fiber that ran last touched memory that is not there
   uint32_t random = 1;
   unsigned launches = 0;  // since it was asked
   uint64_t copied = 0;    // bytes, asynchronously, since it was asked
@@ -161,6 +165,29 @@ inline void switch_to(Machine& m, Thread& thread) {
   setcontext(&thread.context);
 }
 
+// While a kernel runs, a fault ends its fiber where it is: what holds memory is of the scheduler.
+class Faults {
+ public:
+  Faults() {
+    struct sigaction action = {};
+    action.sa_handler = [](int) {
+      machine().faulted = true;
+      _longjmp(machine().scheduler, 1);
+    };
+    action.sa_flags = SA_NODEFER;  // the handler does not return
+    for (int i = 0; i < 2; ++i) sigaction(SIGNALS[i], &action, &before_[i]);
+  }
+  ~Faults() {
+    for (int i = 0; i < 2; ++i) sigaction(SIGNALS[i], &before_[i], nullptr);
+  }
+  Faults(const Faults&) = delete;
+  Faults& operator=(const Faults&) = delete;
+
+ private:
+  static constexpr int SIGNALS[2] = {SIGSEGV, SIGBUS};
+  struct sigaction before_[2];
+};
+
 // One turn for every thread that does not wait. False when there was none.
 inline bool take_turns(Machine& m) {
   const unsigned count = m.count;
@@ -178,6 +205,11 @@ inline bool take_turns(Machine& m) {
     if (thread.left || thread.waits_for != Wait::nothing) continue;
     any = true;
     switch_to(m, thread);
+    if (m.faulted) {
+      m.faulted = false;
+      throw std::logic_error("thread " + std::to_string(&thread - m.threads.data()) +
+                             " accesses memory beyond any tensor's");
+    }
   }
   return any;
 }
@@ -250,6 +282,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const 
   m.call = [](const void* kernel) { (*static_cast<const Call*>(kernel))(); };
   m.error = nullptr;
   try {
+    const Faults faults;
     for (unsigned z = 0; z < grid.z; ++z) {
       for (unsigned y = 0; y < grid.y; ++y) {
         for (unsigned x = 0; x < grid.x; ++x) {

@@ -10,6 +10,7 @@ PYBIND11_MODULE(_cuda_emulation, m) {
   fastcontrast::cuda::bind(m);
   m.def("set_order", [](int order) {
     cuda_emulation::machine().order = static_cast<cuda_emulation::Order>(order);
+    cuda_emulation::machine().random = 1;  // the same turns whatever ran before
   });
   m.def("launches", [] {  // since the last call
     const unsigned count = cuda_emulation::machine().launches;
@@ -25,4 +26,5 @@ PYBIND11_MODULE(_cuda_emulation, m) {
     return fastcontrast::cuda::quotient(n, fastcontrast::cuda::divisor(d));
   });
   m.def("probe", &cuda_emulation::probe);
+  m.def("copy_words", &cuda_emulation::copy_words);
 }

@@ -106,6 +106,14 @@ __global__ void loads_transposed(const int*, int* out) {
   for (int i = 0; i < 4; ++i) out[4 * (threadIdx.x % 32) + i] = (int)words[i];
 }
 
+__global__ void copy_each(const int* in, int* out) { out[threadIdx.x] = in[threadIdx.x]; }
+
+// 64 words between two addresses.
+inline void copy_words(uintptr_t from, uintptr_t to) {
+  const fastcontrast::cuda::Stream stream{0, nullptr};
+  FASTCONTRAST_LAUNCH(stream, 1, PROBE_THREADS, 0, copy_each, (const int*)from, (int*)to);
+}
+
 inline std::vector<int> probe(const std::string& name, const std::vector<int>& in) {
   std::vector<int> out(3 * in.size(), -1);
   const fastcontrast::cuda::Stream stream{0, nullptr};
