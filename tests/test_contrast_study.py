@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -14,8 +15,10 @@ from mnist_files import write_mnist
 
 from benchmarks import contrast_pages, contrast_runs, contrast_study
 from benchmarks.contrast_runs import STUDIES, TASKS
+from fastcontrast.data import load_sequence_set
 from fastcontrast.train import plots
 
+FULL = os.environ.get("FASTCONTRAST_DATA")
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("contrast_*.json"))
 
@@ -126,3 +129,30 @@ def test_a_study_of_images_runs_resumes_and_is_rendered(
     (tree / "docs" / "contrast.md").write_text("nothing here")
     with pytest.raises(ValueError, match="wanted one <!--"):
         run(tree, study, data, "--render")
+
+
+# Task: training and test sequences, frames of the first of each, and classes.
+REAL = {
+    "objects": (20, 20, (50, 1, 32, 32), (12, 1, 32, 32), 20),
+    "angles": (20, 20, (50, 1, 32, 32), (12, 1, 32, 32), 10),
+    "motion": (1, 1, (5170, 9, 1, 64), (1744, 9, 1, 64), 4),
+    "video": (1, 1, (597, 3, 96, 128), (198, 3, 96, 128), 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="FASTCONTRAST_DATA names no folder with full data sets")
+@pytest.mark.parametrize("task", REAL)
+def test_the_study_of_time_on_its_own_data(task: str, tree: Path) -> None:
+    """vtest, COIL-20 and Daphnet as the studies lay them out, and two steps on each."""
+    data = Path(str(FULL)) / "temporal"
+    folder = contrast_runs.write_sequences(data, task, tree / "sequences")
+    found = load_sequence_set(str(folder), labels=task)
+    train, test = (next(iter(split.values())) for split in (found.train, found.test))
+    shapes = len(found.train), len(found.test), train.shape, test.shape, len(found.class_names)
+    assert shapes == REAL[task]
+    variant = f"{task}, contrast"
+    record = run(tree, "temporal", data, "--steps", "2", "--seeds", "0", "--variants", variant)
+    ((made,),) = [record["runs"]]
+    assert ("1-NN, random network" in made["figures"]) == (task != "video")
+    assert ("nearest" in made) == (task == "video")
