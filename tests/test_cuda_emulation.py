@@ -73,6 +73,18 @@ def test_mistakes_are_found(name: str, message: str) -> None:
         probe(name, IN)
 
 
+def test_a_launch_that_fails_names_kernel_and_shape() -> None:
+    """And leaves no error behind, which the next launch would find."""
+    check = cuda_emulation.module().check_launch
+    assert check(False) == 0
+    message = (
+        r"^cut_patches<float> could not be launched in 7 blocks of 256 threads: "
+        r"invalid configuration argument$"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        check(True)
+
+
 @pytest.mark.parametrize(("begin", "thread"), [(0, None), (1, 63), (16, 48), (-1024, 0)])
 @pytest.mark.parametrize("writes", [False, True])
 def test_access_beyond_a_tensor_is_found(writes: bool, begin: int, thread: int | None) -> None:
