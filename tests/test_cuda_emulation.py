@@ -73,6 +73,18 @@ def test_mistakes_are_found(name: str, message: str) -> None:
         probe(name, IN)
 
 
+def test_a_launch_that_fails_names_kernel_and_shape() -> None:
+    """And leaves no error behind, which the next launch would find."""
+    check = cuda_emulation.module().check_launch
+    assert check(False) == 0
+    message = (
+        r"^cut_patches<float> could not be launched in 7 blocks of 256 threads: "
+        r"invalid configuration argument$"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        check(True)
+
+
 @pytest.mark.parametrize(("begin", "thread"), [(0, None), (1, 63), (16, 48), (-1024, 0)])
 @pytest.mark.parametrize("writes", [False, True])
 def test_access_beyond_a_tensor_is_found(writes: bool, begin: int, thread: int | None) -> None:
@@ -204,6 +216,32 @@ def test_patches_are_drawn_and_cut_in_two_launches_at_most(call: str) -> None:
     # A few roundings of values up to 10 in float32, and their sums.
     torch.testing.assert_close(found.data, truth.data, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("own_numbers", "forward", "backward"), [(True, 4, 4), (False, 1, 1)])
+def test_many_channels_and_images_by_index(own_numbers: bool, forward: int, backward: int) -> None:
+    """The limit that docs/patches.md states: a launch for each 64 channels with their own numbers.
+
+    Images by index take no launch more, but torch's sort of the index backward.
+    """
+    images = torch.randn(3, 200, 9, 10, requires_grad=True)
+    std = [0.5 + 0.01 * c for c in range(200)] if own_numbers else 0.5
+    options: dict[str, Any] = dict(
+        num_patches=2, size=4, index=torch.tensor([2, 0, 2, 2]), mean=0.1, std=std, seed=5
+    )
+    results = []
+    for where in (nullcontext(), cuda_emulation.active()):
+        with where:
+            cuda_emulation.module().launches()
+            data = fc.random_patches(images, **options, backend="native").data
+            made = [cuda_emulation.module().launches()]
+            (grad,) = torch.autograd.grad(data.square().sum(), images)
+            results.append([data, grad])
+            made.append(cuda_emulation.module().launches())
+    assert made == [forward, backward]
+    for found, true in zip(results[1], results[0], strict=True):
+        # A few roundings of values up to 10 in float32, and sums of six of them.
+        torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [None, (0.05, 1.0)])

@@ -51,11 +51,22 @@ struct alignas(16) uint4 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+// The error that the last launch left, and then none: probes.h sets it.
+inline cudaError_t& cuda_last_error() {
+  static cudaError_t last = cudaSuccess;
+  return last;
+}
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t last = cuda_last_error();
+  cuda_last_error() = cudaSuccess;
+  return last;
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
 
 namespace cuda_emulation {
 

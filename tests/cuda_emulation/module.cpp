@@ -27,4 +27,5 @@ PYBIND11_MODULE(_cuda_emulation, m) {
   });
   m.def("probe", &cuda_emulation::probe);
   m.def("copy_words", &cuda_emulation::copy_words);
+  m.def("check_launch", &cuda_emulation::check_launch);
 }

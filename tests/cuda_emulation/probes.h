@@ -114,6 +114,18 @@ inline void copy_words(uintptr_t from, uintptr_t to) {
   FASTCONTRAST_LAUNCH(stream, 1, PROBE_THREADS, 0, copy_each, (const int*)from, (int*)to);
 }
 
+// What FASTCONTRAST_LAUNCH does after a launch on a GPU, which fails if `fails`. Returns the error
+// that is left for the next.
+inline int check_launch(bool fails) {
+  cuda_last_error() = fails ? cudaErrorInvalidConfiguration : cudaSuccess;
+  try {
+    fastcontrast::cuda::check(cuda_last_error(), "cut_patches<float>", 7, 256);
+  } catch (...) {
+    if (cuda_last_error() == cudaSuccess) throw;
+  }
+  return cuda_last_error();
+}
+
 inline std::vector<int> probe(const std::string& name, const std::vector<int>& in) {
   std::vector<int> out(3 * in.size(), -1);
   const fastcontrast::cuda::Stream stream{0, nullptr};
