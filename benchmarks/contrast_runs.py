@@ -35,6 +35,13 @@ from fastcontrast.train.triplet import train_triplet
 Record = dict[str, Any]
 
 FINE_TUNING = 300  # steps on the labelled images, after spatial contrasting of any length
+CONTRASTED = 51_200  # images that each way of cutting patches sees
+# Ways to cut patches: where, side, images in a step.
+PATCHES = {
+    **{f"{side} × {side} cells of {batch} images": ("features", side, batch)
+       for side in (1, 3, 5) for batch in (64, 256)},
+    **{f"{side} × {side} pixels of 64 images": ("images", side, 64) for side in (16, 24)},
+}  # fmt: skip
 # Of the temporal study: configuration and steps. The page says what the labels are.
 TASKS = {
     "digits": (TemporalConfig(), 200),
@@ -100,6 +107,29 @@ def _spatial(variant: str, steps: int, data: str, common: Record) -> Record:
     figures = {"linear probe": probe.value, "fine-tuned": tuned.value}
     stage = None if variant == "none" else result.run.stage("pretraining")
     return _came_to(config, result, stage, figures)
+
+
+def _patches(variant: str, steps: int, data: str, common: Record) -> Record:
+    """Contrast in steps of the variant's size, then fine-tune in steps of 64, whatever it was."""
+    tuned = SpatialConfig(
+        **common, data=data, network="mnist", labels_per_class=400, mirror=True, amp=True,
+        pretraining_steps=0, steps=FINE_TUNING, eval_every=FINE_TUNING, baseline=False,
+    )  # fmt: skip
+    stage, told = None, {}
+    if variant != "none":
+        where, side, batch = PATCHES[variant]
+        contrasted = dataclasses.replace(
+            tuned, name="contrasted", patches=where, patch_size=side, reduce="mean",
+            batch_size=batch, pretraining_steps=steps, pretraining_eval_every=steps, steps=1,
+        )  # fmt: skip
+        result = train_spatial(contrasted)
+        stage = result.run.stage("pretraining")
+        told = _came_to(contrasted, result, stage, {})["config"]
+        tuned = dataclasses.replace(tuned, init_from=str(stage.path))
+    result = train_spatial(tuned)
+    probe, *_, last = result.figures
+    record = _came_to(tuned, result, stage, {"linear probe": probe.value, "fine-tuned": last.value})
+    return record | {"config": told or record["config"]}
 
 
 def _temporal(variant: str, steps: int, data: str, common: Record) -> Record:
@@ -237,6 +267,16 @@ STUDIES = {
         "run of 200 steps), mirrored images. 400 labels per class for the linear layer, and for "
         'the 300 steps that fine-tune all weights; "none" is fine-tuned from random weights. '
         "Seconds are those of contrasting.",
+    ),
+    "patches": Study(
+        (("none", 0), *((variant, CONTRASTED // p[2]) for variant, p in PATCHES.items())),
+        _patches,
+        {"linear probe": "linear layer on frozen features", "fine-tuned": "fine-tuned"},
+        "Which patches, and how many at once",
+        "The small network of MNIST, as above; 51,200 images contrasted in steps of 64 or 256, "
+        "patches of its 7 × 7 cells or of the 32 × 32 pixels of mirrored images. Then 300 steps "
+        'of 64 on 400 labels per class; "none" is fine-tuned from random weights. Seconds are '
+        "those of contrasting.",
     ),
     "anchors": Study(
         _grid(("random", "nearest", "class-mean"), (250, 1000)),

@@ -62,7 +62,7 @@ _THEIR_ROWS = (2048, 4096)
 MINERS = {
     "batch_hard_triplets": Miner(mining.batch_hard_triplets),
     "semi_hard_triplets": Miner(mining.semi_hard_triplets),
-    "semi_hard_triplets, classes mixed": Miner(mining.semi_hard_triplets, (2048, 4096), "mixed"),
+    "semi_hard_triplets, classes mixed": Miner(mining.semi_hard_triplets, kind="mixed"),
     "distance_weighted_triplets": Miner(
         lambda x, labels: mining.distance_weighted_triplets(x, labels, seed=0)
     ),
@@ -79,7 +79,7 @@ MINERS = {
     "BatchEasyHardMiner, semi-hard": Miner(
         theirs("BatchEasyHardMiner", pos_strategy="hard", neg_strategy="semihard"), _THEIR_ROWS
     ),
-    "DistanceWeightedMiner": Miner(theirs("DistanceWeightedMiner"), _THEIR_ROWS),
+    "DistanceWeightedMiner": Miner(theirs("DistanceWeightedMiner"), (1024, 2048)),  # 8 GiB
 }
 
 
