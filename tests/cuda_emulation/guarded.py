@@ -48,17 +48,17 @@ def guarded_allocations() -> Iterator[None]:
     """Inside the block, what `new_empty` and `new_zeros` make is guarded as well."""
     real = torch.Tensor.new_empty
 
-    def new_empty(self: Tensor, *size: Any, **options: Any) -> Tensor:
+    def guarded_empty(self: Tensor, *size: Any, **options: Any) -> Tensor:
         shape = real(self, *size, **(options | {"device": "meta"}))
         storage = guarded_bytes(shape.numel() * shape.element_size()).untyped_storage()
         found = torch.empty(0, dtype=shape.dtype)
         return found.set_(storage, 0, shape.shape, shape.stride())
 
-    def new_zeros(self: Tensor, *size: Any, **options: Any) -> Tensor:
-        return new_empty(self, *size, **options).zero_()
+    def guarded_zeros(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        return guarded_empty(self, *size, **options).zero_()
 
     with (
-        patch.object(torch.Tensor, "new_empty", new_empty),
-        patch.object(torch.Tensor, "new_zeros", new_zeros),
+        patch.object(torch.Tensor, "new_empty", guarded_empty),
+        patch.object(torch.Tensor, "new_zeros", guarded_zeros),
     ):
         yield
