@@ -23,10 +23,13 @@ ON_CPU = ("first_invalid_box",)  # looks at coordinates that are on the CPU, and
 class Copies:
     """Copies of storages on a device, one for each, and tensors on them.
 
-    With ``bytes_for``, in the memory that it gives for a number of bytes.
+    With ``bytes_for``, in the memory that it gives for a number of bytes; where it gives none, the
+    storage is taken as it is.
     """
 
-    def __init__(self, device: str, bytes_for: Callable[[int], Tensor] | None = None) -> None:
+    def __init__(
+        self, device: str, bytes_for: Callable[[int], Tensor | None] | None = None
+    ) -> None:
         self.device = device
         self.bytes_for = bytes_for or self._bytes
         self.storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
@@ -38,9 +41,11 @@ class Copies:
         """The tensor on a copy of its storage."""
         source = tensor.detach().untyped_storage()
         if source.data_ptr() not in self.storages:
-            copy = self.bytes_for(source.nbytes())
-            self.storages[source.data_ptr()] = source, copy.untyped_storage()
-            copy.untyped_storage().copy_(source)
+            given = self.bytes_for(source.nbytes())
+            copy = source if given is None else given.untyped_storage()
+            self.storages[source.data_ptr()] = source, copy
+            if given is not None:
+                copy.copy_(source)
         found = torch.empty(0, dtype=tensor.dtype, device=self.device)
         _, storage = self.storages[source.data_ptr()]
         return found.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -48,7 +53,8 @@ class Copies:
     def write_back(self) -> None:
         """Make the originals what the copies are now."""
         for source, copy in self.storages.values():
-            source.copy_(copy)
+            if copy is not source:
+                source.copy_(copy)
 
 
 class Carried(ModuleType):
@@ -61,7 +67,7 @@ class Carried(ModuleType):
         self,
         module: ModuleType,
         device: str,
-        bytes_for: Callable[[int], Tensor] | None = None,
+        bytes_for: Callable[[int], Tensor | None] | None = None,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         super().__init__(module.__name__)

@@ -18,7 +18,7 @@ import cuda_emulation
 import pytest
 import torch
 from cases import SHAPES
-from cuda_emulation.guarded import guarded_allocations, guarded_bytes
+from cuda_emulation.guarded import guarded_allocations, guarded_copies
 from on_cuda import Carried
 
 from fastcontrast import backends
@@ -228,7 +228,7 @@ def active(variant: Variant, order: int = 0) -> Iterator[None]:
     """
     module = backends.BACKENDS[variant.backend]
     if variant.device == "emulated_cuda":
-        carried = Carried(module, "cpu", guarded_bytes, guarded_allocations)
+        carried = Carried(module, "cpu", guarded_copies, guarded_allocations)
         patched = patch.dict(backends.BACKENDS, {variant.backend: carried})
         with cuda_emulation.active(order), patched:
             yield

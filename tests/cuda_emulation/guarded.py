@@ -2,7 +2,8 @@
 
 Storages lie before a page that nobody may touch, and behind one. Between a storage that is no
 multiple of 16 bytes and its page, up to 15 bytes are not guarded, and as many as fill a page before
-it. cuda_runtime.h makes an error of the fault.
+it. Storages of more than LARGEST, files of which few pages exist, stay where they are.
+cuda_runtime.h makes an error of the fault.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from torch import Tensor
 
 PAGE = mmap.PAGESIZE
 ALIGNMENT = 16  # of the largest access
+LARGEST = 1 << 30
+
+
+def guarded_copies(count: int) -> Tensor | None:
+    """Bytes for a copy of a storage of that size, unless it is too large to be copied."""
+    return guarded_bytes(count) if count <= LARGEST else None
 
 
 def guarded_bytes(count: int) -> Tensor:
