@@ -6,7 +6,8 @@ Values are held by the conformance suite, where the GPU's kernels are one of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -45,6 +46,22 @@ def loss_and_gradients(inputs: list[Tensor]) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
     loss = fc.triplet_ratio_loss(*leaves, backend="native")
     return [loss, *torch.autograd.grad(loss, leaves)]
+
+
+def assert_a_capture_is_eager(call: Callable[[], Sequence[Tensor]]) -> None:
+    """Replays of a captured call give the tensors of an eager one, to the bit."""
+    truth = call()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = call()
+    for _ in range(2):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -178,18 +195,7 @@ def test_a_captured_softmax_loss_is_that_of_an_eager_call(monkeypatch: pytest.Mo
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     for precision in ("ieee", "tf32", "bf16x3"):
-        truth = loss_of(precision)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            loss_of(precision)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            found = loss_of(precision)
-        for _ in range(2):
-            graph.replay()
-            assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+        assert_a_capture_is_eager(partial(loss_of, precision))
 
 
 def test_a_captured_search_is_that_of_an_eager_call() -> None:
@@ -251,18 +257,7 @@ def test_a_replayed_graph_draws_new_patches() -> None:
 def test_a_captured_loss_is_that_of_an_eager_call() -> None:
     needs("triplet_distances")
     inputs = points()
-    truth = loss_and_gradients(inputs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        loss_and_gradients(inputs)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        found = loss_and_gradients(inputs)
-    for _ in range(2):
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+    assert_a_capture_is_eager(partial(loss_and_gradients, inputs))
 
 
 def test_kernels_run_on_the_current_stream() -> None:
