@@ -106,7 +106,7 @@ def peak(facts: dict[str, Any], provider: str, pace: list[float]) -> dict[str, A
     return measure.peak_of(case, provider, measure.Pace(*pace))._asdict()  # type: ignore[arg-type]
 
 
-def times(facts: dict[str, Any], providers: list[str], pace: list[float]) -> dict[str, Any]:
+def times(facts: dict[str, Any], providers: dict[str, float], pace: list[float]) -> dict[str, Any]:
     """See `measure.times_of`."""
     from benchmarks import cases, measure
 

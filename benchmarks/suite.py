@@ -27,8 +27,8 @@ from benchmarks.processes import CUT_SHORT, FREE_SHARE, Measurer
 JOBS = ("losses", "patches", "triplet", "train", "memory")
 # A call that takes longer in the process that measures its memory is not repeated.
 ONCE = {"quick": 4.0, "full": 5.0}
-# A peer whose call would take longer by what it took with fewer rows is not run.
-PREDICTED_LIMIT = {"quick": 4.0, "full": 60.0}
+# A peer whose call would take longer, by what it took with fewer rows or dimensions, is not run.
+PREDICTED_LIMIT = {"quick": 4.0, "full": 48.0}
 CALL_LIMIT = {"quick": 60.0, "full": 400.0}  # seconds until a measurement is ended
 CASE_LIMIT = 900.0
 LAST_CASE = 20.0  # seconds after --seconds at which the last case is ended
@@ -222,14 +222,14 @@ class Run:
             known = self._measured_as("losses", case, provider)
             if known:
                 return known
-        fewer = self._fewer_rows(case, provider)
+        fewer = self._smaller_case(case, provider)
         needs = fewer["peak_bytes"] * fewer["more"] if fewer else case.needs(provider)
         if free and needs > FREE_SHARE * free:
             reason = f"needs about {needs / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free"
             return {"status": "skipped", "reason": reason}
         predicted = fewer["minimum"] * fewer["more"] if fewer and provider != OURS else 0.0
         if predicted > PREDICTED_LIMIT[self.length]:
-            reason = f"a call would take about {predicted:.0f} s, by what fewer rows took"
+            reason = f"a call would take about {predicted:.0f} s, by what a smaller case took"
             return {"status": "skipped", "reason": reason}
         answer = self.peaks.ask(
             "peak", self._within(CALL_LIMIT[self.length]), facts=case.facts, provider=provider,
@@ -257,30 +257,40 @@ class Run:
                 return {name: row[name] for name in names}
         return None
 
-    def _fewer_rows(self, case: Case, provider: str) -> dict[str, Any] | None:
-        """The largest measured case of fewer rows, and by how much more there is to do."""
-        facts = {k: v for k, v in case.facts.items() if k not in ("job", "rows")}
-        rows = case.facts.get("rows", 0)
-        fewer = [
-            row
+    def _smaller_case(self, case: Case, provider: str) -> dict[str, Any] | None:
+        """The largest measured case of fewer rows or dimensions; how much more there is to do."""
+
+        def sizes(facts: dict[str, Any]) -> tuple[int, int]:
+            return facts.get("rows", 0), facts.get("dim", 1)
+
+        def other(facts: dict[str, Any]) -> dict[str, Any]:
+            return {k: v for k, v in facts.items() if k not in ("job", "rows", "dim")}
+
+        rows, dim = sizes(case.facts)
+        smaller = [
+            (r * r * d, row)
             for row in self.record["rows"]
+            for r, d in (sizes(row["case"]),)
             if row["provider"] == provider
             and row["status"] == "ok"
-            and row["case"].get("rows", rows) < rows
-            and {k: v for k, v in row["case"].items() if k not in ("job", "rows")} == facts
+            and r <= rows
+            and d <= dim
+            and (r, d) != (rows, dim)
+            and other(row["case"]) == other(case.facts)
         ]
-        if not fewer:
+        if not smaller:
             return None
-        nearest = max(fewer, key=lambda row: row["case"]["rows"])
-        return nearest | {"more": (rows / nearest["case"]["rows"]) ** 2}
+        done, row = max(smaller, key=lambda pair: pair[0])
+        return row | {"more": rows * rows * dim / done}
 
     def _times(self, case: Case, rows: dict[str, Any], timed: list[str]) -> None:
         """Times of those that are repeated, and of the others the one that there is."""
         control: dict[str, Any] = {}
         if timed:
             answer = self.clocks.ask(
-                "times", self._within(CASE_LIMIT), facts=case.facts, providers=timed, pace=self.pace
-            )
+                "times", self._within(CASE_LIMIT), facts=case.facts,
+                providers={p: rows[p]["once"] for p in timed}, pace=self.pace,
+            )  # fmt: skip
             found = answer.get("result", {"seconds": {}, "reasons": {}, "control": {}})
             control = found["control"]
             for provider in timed:

@@ -118,7 +118,7 @@ def test_a_peer_that_fewer_rows_show_to_be_slow_is_a_row(finished, tmp_path, mon
     rows = record.read(tmp_path / suite.FILE)["rows"]
     found = {(row["provider"], row["case"]["rows"]): row for row in rows}
     assert [row["status"] for row in found.values()].count("ok") == 3
-    assert "by what fewer rows took" in found["torch eager", 24]["reason"]
+    assert "by what a smaller case took" in found["torch eager", 24]["reason"]
 
 
 def test_the_last_case_ends_soon_after_the_time(results, tmp_path, monkeypatch):
