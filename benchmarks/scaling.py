@@ -1,11 +1,12 @@
 """Time and memory of the losses over W GPUs, on paper, and what this machine's ranks say to it.
 
     python -m benchmarks.scaling --out docs/images    the plot and the tables of docs/scaling.md
-    python -m benchmarks.scaling --measure FILE       1 and 2 gloo ranks on this machine
+    python -m benchmarks.scaling --measure FILE       1 to 4 gloo ranks on this machine
 
 The model has the operations and bytes of docs/distributed.md, divided by rates. "gather" waits for
 all columns, computes, and waits for the gradients; in the "ring" a shard travels while another is
-computed, so each of its steps takes the longer of the two.
+computed, so each of its steps takes the longer of the two; on a CPU, where a core that sends does
+not compute, their sum.
 """
 
 from __future__ import annotations
@@ -15,17 +16,23 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.environment import describe
+from benchmarks.processes import RETURNING
 
 WORLDS = tuple(1 << k for k in range(13))  # 1 to 4096
+ROWS = tuple(1 << k for k in range(8, 20))  # of a rank: 256 to 524,288
+MANY = 64  # ranks, where what a rank sends hardly depends on their number any more
 STRATEGIES = ("gather", "ring")
 BLOCK = 1 << 24  # bytes of scores in work at a time
 COLORS = {"gather": "#2f81c7", "ring": "#d9822b"}
 ROUNDS = 5
+PATIENCE = timedelta(minutes=5)  # until ranks end that wait for a dead one
 
 
 class Cluster(NamedTuple):
@@ -58,7 +65,16 @@ class Step(NamedTuple):
         return self.compute + self.waiting
 
 
-def loss_step(cluster: Cluster, world: int, rows: int, dim: int, strategy: str, width: int) -> Step:
+def loss_step(
+    cluster: Cluster,
+    world: int,
+    rows: int,
+    dim: int,
+    strategy: str,
+    width: int,
+    *,
+    overlap: bool = True,
+) -> Step:
     """One direction of a loss: n rows a rank, D numbers of ``width`` bytes."""
     shard = float(rows) * dim  # numbers
     pairs = float(rows) * rows * dim  # of a step of the ring
@@ -74,7 +90,8 @@ def loss_step(cluster: Cluster, world: int, rows: int, dim: int, strategy: str, 
         compute = operations * pairs / cluster.rate
         transfer = travels * shard * width / cluster.link + cluster.latency
         total += world * compute
-        waiting += max(transfer - compute, 0.0) * (world - 1)
+        hidden = compute if overlap else 0.0
+        waiting += max(transfer - hidden, 0.0) * (world - 1)
     if world > 1:  # the gradients' last step, home
         waiting += shard * width / cluster.link + cluster.latency
     return Step(total, waiting, 4 * shard * width + BLOCK)
@@ -117,8 +134,8 @@ def draw(rows: int, dim: int, width: int, path: Path) -> None:
     """Time a step and share of it spent waiting, and memory, over the number of ranks."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    panels: Any = figure.subplots(1, 3)
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    panels: Any = figure.subplots(2, 2).ravel()
     for cluster, line in zip(CLUSTERS, ("-", "--", ":"), strict=True):
         for strategy in STRATEGIES:
             steps = [loss_step(cluster, w, rows, dim, strategy, width) for w in WORLDS]
@@ -126,35 +143,48 @@ def draw(rows: int, dim: int, width: int, path: Path) -> None:
             label = f"{strategy}, {cluster.name}"
             panels[0].plot(WORLDS, [1e3 * s.seconds for s in steps], label=label, **style)
             panels[1].plot(WORLDS, [s.waiting / s.seconds for s in steps], **style)
+            steps = [loss_step(cluster, MANY, n, dim, strategy, width) for n in ROWS]
+            panels[3].plot(ROWS, [s.waiting / s.seconds for s in steps], **style)
     for strategy in STRATEGIES:
         steps = [loss_step(CLUSTERS[0], w, rows, dim, strategy, width) for w in WORLDS]
         memory = [s.memory / 2**20 for s in steps]
         panels[2].plot(WORLDS, memory, color=COLORS[strategy], label=strategy)
-    for axes, title in zip(
-        panels, ("milliseconds a step", "share of it spent waiting", "MiB a rank"), strict=True
-    ):
-        axes.set(xscale="log", xlabel="ranks", title=title)
-        axes.set_xticks(WORLDS[::3], [str(w) for w in WORLDS[::3]])
+    panels[3].axvline(rows, color="#888888", linewidth=0.8)
+    titles = (
+        f"milliseconds a step, {rows:,} rows a rank", f"share of it spent waiting, {rows:,} rows",
+        f"MiB a rank, {rows:,} rows", f"share spent waiting, {MANY} ranks",
+    )  # fmt: skip
+    for axes, title in zip(panels, titles, strict=True):
+        last = axes is panels[3]
+        ticks = ROWS[::3] if last else WORLDS[::3]
+        axes.set(xscale="log", xlabel="rows a rank" if last else "ranks", title=title)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yscale("log")
     panels[2].set_yscale("log")
     panels[0].legend(fontsize=7, frameon=False)
     panels[2].legend(fontsize=8, frameon=False)
-    figure.suptitle(f"Model, one direction, {rows:,} rows a rank, D = {dim}, bfloat16")
+    figure.suptitle(f"Model, one direction of a loss, D = {dim}, bfloat16")
     figure.savefig(path, dpi=110)
 
 
-def rank_of(rank: int, world: int, rows: int, dim: int, strategy: str, store: str) -> None:
-    """What one rank measures, as JSON on standard output; one thread."""
+def rank_of(
+    rank: int, world: int, rows: int, dim: int, strategy: str, store: str, what: str
+) -> None:
+    """What one rank measures, "times" or "memory", as JSON on standard output; one thread."""
     import torch
     import torch.distributed as dist
 
     import fastcontrast
+    from benchmarks.measure import resident_bytes
     from fastcontrast.distributed import Ranks
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=PATIENCE
+    )
     generator = torch.Generator().manual_seed(rank)
     x, y = (
         torch.randn(rows, dim, generator=generator).div_(dim**0.25).requires_grad_()
@@ -162,7 +192,6 @@ def rank_of(rank: int, world: int, rows: int, dim: int, strategy: str, store: st
     )
 
     def step() -> None:
-        x.grad = y.grad = None
         loss: Any = fastcontrast.info_nce_loss(x, y, ranks=Ranks(strategy))
         loss.backward()
 
@@ -174,51 +203,78 @@ def rank_of(rank: int, world: int, rows: int, dim: int, strategy: str, store: st
         parts = [torch.empty_like(y) for _ in range(world)]
         dist.all_gather(parts, y.detach())
 
-    found = {}
-    for name, call in (("seconds", step), ("gemm", gemm), ("all_gather", send)):
-        call()
-        times = []
-        for _ in range(ROUNDS):
-            dist.barrier()
-            start = time.perf_counter()
+    found: dict[str, Any] = {}
+    if what == "memory":
+        step()  # libraries are loaded, and gradients there to be added to
+        dist.barrier()
+        before = resident_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        step()
+        found["bytes"] = max(resident_bytes("VmHWM") - before, 0)
+    else:
+        for name, call in (("gemm", gemm), ("seconds", step), ("all_gather", send)):
             call()
-            times.append(time.perf_counter() - start)
-        found[name] = times
+            found[name] = []
+            for _ in range(ROUNDS):
+                dist.barrier()
+                start = time.perf_counter()
+                call()
+                found[name].append(time.perf_counter() - start)
+    dist.barrier()
     dist.destroy_process_group()
-    if rank == 0:
-        print(json.dumps(found))
+    print(json.dumps(found))
+
+
+def run_ranks(world: int, rows: int, dim: int, strategy: str, what: str) -> list[dict[str, Any]]:
+    """What every rank has found."""
+    environment = RETURNING if what == "memory" else {}
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [str(f) for f in (world, rows, dim, strategy, f"{folder}/store", what)]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.scaling", "--rank", str(r), *flags],
+                stdout=subprocess.PIPE, text=True,
+                env=os.environ | {"OMP_WAIT_POLICY": "passive"} | environment,
+            )
+            for r in range(world)
+        ]  # fmt: skip
+        printed = [rank.communicate()[0] for rank in ranks]
+    if codes := [rank.returncode for rank in ranks if rank.returncode]:
+        raise SystemExit(f"{len(codes)} of {world} ranks ended with exit codes {codes}")
+    return [json.loads(text) for text in printed]
 
 
 def measure(rows: int, dim: int, worlds: list[int], path: Path) -> None:
-    """Run the ranks, and set the model with this machine's rates beside what they took."""
-    import tempfile
+    """Run the ranks, and set the model beside what they took.
 
-    results = []
-    for world in worlds:
+    Its rate is that of the loss of one rank, less where ranks share cores, by what the GEMM takes
+    among so many; its link is the all_gather of as many.
+    """
+    results: list[dict[str, Any]] = []
+    alone = {"gemm": 0.0, "rate": 0.0}
+    for world in sorted({1, *worlds}):
         for strategy in STRATEGIES[: 1 if world == 1 else None]:
-            with tempfile.TemporaryDirectory() as folder:
-                flags = [world, rows, dim, strategy, f"{folder}/store"]
-                command = [sys.executable, "-m", "benchmarks.scaling", "--rank"]
-                ranks = [
-                    subprocess.Popen(
-                        [*command, str(r), *map(str, flags)], stdout=subprocess.PIPE, text=True,
-                        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
-                    )
-                    for r in range(world)
-                ]  # fmt: skip
-                found = json.loads(ranks[0].communicate()[0])
-                for other in ranks[1:]:
-                    other.wait()
-            rate = 2.0 * rows * rows * dim / min(found["gemm"])
-            sent = 4.0 * (world - 1) * rows * dim
-            link = sent / min(found["all_gather"]) if world > 1 else float("inf")
-            model = loss_step(Cluster("", rate, link, 0.0), world, rows, dim, strategy, 4)
-            row = {"ranks": world, "strategy": strategy, "rows": rows, "dim": dim, **found}
-            row |= {"rate": rate, "link": link if world > 1 else None}
-            row |= {"model_seconds": model.seconds}
-            results.append(row)
-            taken = 1e3 * min(found["seconds"])
-            print(f"W = {world}, {strategy}: {taken:.1f} ms, model {1e3 * model.seconds:.1f}")
+            found = run_ranks(world, rows, dim, strategy, "times")[0]
+            peaks = [r["bytes"] for r in run_ranks(world, rows, dim, strategy, "memory")]
+            seconds, gemm, gathering = (
+                min(found[name]) for name in ("seconds", "gemm", "all_gather")
+            )
+            if world == 1:
+                alone = {"gemm": gemm, "rate": 6.0 * rows * rows * dim / seconds}
+            rate = alone["rate"] * alone["gemm"] / gemm
+            link = 4.0 * (world - 1) * rows * dim / gathering if world > 1 else float("inf")
+            cluster = Cluster("", rate, link, 0.0)
+            model = loss_step(cluster, world, rows, dim, strategy, 4, overlap=False)
+            results.append(
+                {"ranks": world, "strategy": strategy, "rows": rows, "dim": dim, **found}
+                | {"bytes": max(peaks), "rate": rate, "link": link if world > 1 else None}
+                | {"model_seconds": model.seconds, "model_bytes": model.memory}
+            )
+            print(
+                f"W = {world}, {strategy}: {1e3 * seconds:.0f} ms, model "
+                f"{1e3 * model.seconds:.0f}; {max(peaks) / 2**20:.0f} MiB, model "
+                f"{model.memory / 2**20:.0f}"
+            )
             record = {
                 "command": " ".join(["python -m benchmarks.scaling", *sys.argv[1:]]),
                 "environment": describe(),
@@ -234,8 +290,10 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512, help="D (default: 512)")
     parser.add_argument("--out", type=Path, help="folder of the plot")
     parser.add_argument("--measure", type=Path, metavar="FILE", help="time gloo ranks here")
-    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rank", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--worlds", type=int, nargs="+", default=[1, 2, 3, 4], metavar="W", help="of --measure"
+    )
+    parser.add_argument("--rank", nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
         rank, world, rows, dim = map(int, options.rank[:4])
