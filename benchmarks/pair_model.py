@@ -264,7 +264,7 @@ def wide_statistics(shape: Shape, device: Device) -> list[Launch]:
 
 
 def wide_gradients(shape: Shape, device: Device, *, both: bool = False) -> list[Launch]:
-    """wide.Weights: scores again, weights, and a GEMM for either side."""
+    """wide.Weights, from scores: weights, and a GEMM for either side."""
     scores, size = float(shape.m) * shape.n, OPERAND_BYTES[shape.kind]
     blocks = math.ceil(shape.m / wide_step(shape.n))
     half = 2 if shape.kind in ("bfloat16", "bf16x3") else 4
@@ -277,15 +277,14 @@ def wide_gradients(shape: Shape, device: Device, *, both: bool = False) -> list[
         counts = counts + units(OTHER_DIRECTION, scores)
     weights = of_block(half * parts)
     x, y = (4.0 * side * shape.dim for side in (shape.m, shape.n))
-    # Of a block of the rows: written, read and added. Of the columns, once for every block:
-    # written, read, added to what is there and written.
+    # Of a block of the rows: written, read and added. Of the columns, once for every block: read,
+    # added to and written by the GEMM.
     of_rows = weights + {"memory": x * 3 + size / 4 * y * blocks}
-    of_columns = weights + {"memory": y * blocks * 4 + size / 4 * x}
+    of_columns = weights + {"memory": y * blocks * 2 + size / 4 * x}
     # part.sum(0, dtype=float64) widens every weight.
     sums = weights + {"conversions": parts * scores, "doubles": parts * scores}
     m, n, d = shape.m, shape.n, shape.dim
     return [
-        wide_scores(shape, device),
         Launch("weights of scores", counts),
         gemm("gradient of rows by GEMM", m, d, n, shape.kind, of_rows),
         gemm("gradient of columns by GEMM", n, d, m, shape.kind, of_columns),
@@ -302,6 +301,8 @@ def loss(
         for kernel in ("statistics", "gradients")
     }
     found = [around(shape, cosine)]
+    if not (symmetric or fused["gradients"]):  # from the same scores: _statistics_and_gradients
+        return found + wide_statistics(shape, device) + wide_gradients(shape, device)
     if not fused["statistics"]:
         found += wide_statistics(shape, device)
         found += wide_statistics(shape.exchanged(), device) if symmetric else []
@@ -312,6 +313,7 @@ def loss(
         found += [statistics(shape.exchanged(), device)] if symmetric else []
     if fused["gradients"]:
         return found + [gradients(shape, device, rows=r, both=symmetric) for r in (True, False)]
+    found.append(wide_scores(shape, device))
     return found + wide_gradients(shape, device, both=symmetric)
 
 

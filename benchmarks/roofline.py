@@ -62,10 +62,9 @@ def loss_job(
         "job": "losses", "kind": "symmetric" if symmetric else "one direction", "metric": metric,
         "rows": POINTS, "dim": dim, "dtype": "bfloat16", "precision": "auto", "device": "cuda",
     }  # fmt: skip
-    # Rows of half numbers are normalised in float32, which torch multiplies without rounding.
-    shape = Shape(
-        POINTS, POINTS, dim, "dot" if cosine else metric, "ieee" if cosine else "bfloat16"
-    )
+    # Half rows are normalised in float32, and multiplied as two bfloat16 terms (ops/precision.py).
+    kind = "bf16x3" if cosine else "bfloat16"
+    shape = Shape(POINTS, POINTS, dim, "dot" if cosine else metric, kind)
     launches = {
         d.name: pair_model.loss(shape, d, symmetric=symmetric, cosine=cosine) for d in DEVICES
     }
@@ -284,12 +283,12 @@ gradients of the rows and {loop["gradients of columns"]:.0f} in those of the col
   statistics exp2 is taken twice and the tile of scores goes through shared memory: what leaves the
   branch of near pairs has another layout.
 * **D = 256**: no size of the gradients compiles without spilling, and they go the wide way.
-* **Wide** (D = 512): 8MND, as statistics and weights go through the blocks one after the other.
-  Blocks of {4 * pair_model.wide.BLOCK_SCORES >> 20} MiB outgrow the L2 cache: scores and weights \
-cross the memory eight times,
-  and the gradient of all columns four times for every block.
-* **cosine** of half points: they are normalised in float32, whose products are not rounded unless
-  `precision` or `torch.set_float32_matmul_precision` says so, and float32 has no matrix units.
+* **Wide** (D = 512): 6MND, as a block's statistics, weights and gradients follow one another.
+  Blocks of {4 * pair_model.wide.BLOCK_SCORES >> 20} MiB outgrow the L2 cache: scores cross the \
+memory three times, weights
+  four times, and the gradient of all columns twice for every block.
+* **cosine** of half points: they are normalised in float32 and multiplied as two bfloat16 terms,
+  three or four products for one.
 * **A100**: with tiles of 16 columns, operands of products are read from shared memory for longer
   than they are multiplied.
 * **RTX 4090**: with such tiles, sums that go on in float64 take a quarter of the products' time.

@@ -63,24 +63,51 @@ def test_wide_points(
 
     monkeypatch.setattr(launch, "LARGEST_FUSED", 0)
     monkeypatch.setattr(wide, "BLOCK_SCORES", 131 * 24)  # three blocks of rows
+    monkeypatch.setattr(wide, "LEAST_ROWS", 1)
     assert_conforms(case("ragged", mask, dtype), dtype, metric)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 def test_wide_losses(metric: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastcontrast.backends.triton import launch
+    from fastcontrast.backends.triton import launch, wide
 
+    monkeypatch.setattr(wide, "BLOCK_SCORES", 30 * 8)  # three blocks of rows
+    monkeypatch.setattr(wide, "LEAST_ROWS", 1)
     x, y = torch.randn(20, 40), torch.randn(30, 40)
     y[3:6] = x[4:7]  # near pairs that are nobody's positives
     results = []
     for limit in (0, 256):
         monkeypatch.setattr(launch, "LARGEST_FUSED", limit)
         a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
-        loss = fc.info_nce_loss(a, b, metric=metric, symmetric=symmetric, backend="triton")
+        temperature = torch.tensor(0.7, requires_grad=True)
+        loss = fc.info_nce_loss(
+            a, b, metric=metric, symmetric=symmetric, temperature=temperature, backend="triton"
+        )
+        results.append([loss, *torch.autograd.grad(loss, [a, b, temperature])])
+    for of_blocks, fused in zip(*results, strict=True):
+        assert relative_error(of_blocks, fused) < GRADIENT_FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_wide_loss_with_entropies(squared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with a cross-entropy, and rows with an entropy, in one block; against float64."""
+    from fastcontrast.backends.triton import launch, wide
+
+    monkeypatch.setattr(launch, "LARGEST_FUSED", 0)
+    monkeypatch.setattr(wide, "BLOCK_SCORES", 10 * 8)  # three blocks of rows
+    monkeypatch.setattr(wide, "LEAST_ROWS", 1)
+    x, anchors = torch.randn(21, 40), torch.randn(10, 40)
+    labels = torch.where(torch.rand(21) < 0.5, -1, torch.randint(0, 10, (21,)))
+    results = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        a, b = (v.to(dtype).requires_grad_() for v in (x, anchors))
+        loss = fc.metric_embedding_loss(
+            a, b, labels, squared=squared, unlabelled_weight=0.5, backend=backend
+        )
         results.append([loss, *torch.autograd.grad(loss, [a, b])])
-    for wide, fused in zip(*results, strict=True):
-        assert relative_error(wide, fused) < GRADIENT_FLOOR[torch.float32]
+    for found, exact in zip(*results, strict=True):
+        assert relative_error(found, exact) < GRADIENT_FLOOR[torch.float32]
 
 
 @pytest.mark.parametrize("metric", ["l2", "dot"])

@@ -120,4 +120,7 @@ def ratio_table(low: float, high: float, device: torch.device) -> RatioTable:
         unit = 1 << 24
         factors = [[round(unit / root) for root in roots], [round(unit * root) for root in roots]]
         limits = round(unit * least), round(unit * most), round(unit / least)
-    return RatioTable(torch.tensor(factors, dtype=torch.int64, device=device), limits)
+    table = torch.tensor(factors, dtype=torch.int64)
+    if device.type == "cuda":  # from pinned memory nobody waits for the copy
+        table = table.pin_memory()
+    return RatioTable(table.to(device, non_blocking=True), limits)

@@ -3,7 +3,8 @@
 The kernels are in row_statistics.py and point_gradients.py up to launch.LARGEST_FUSED dimensions,
 and in wide.py, beside PyTorch's GEMMs, beyond. Memory is O((M+N)·D). 8MND operations would do for
 forward and backward; with a kernel for each side, so that nothing is added by two programs, it is
-10MND, and 8MND where GEMMs write the scores: for statistics, and anew for weights.
+10MND. Where GEMMs write the scores it is 8MND, and 6MND for a loss: its statistics, weights and
+gradients are taken from the same block of whole rows.
 """
 
 # Triton's language is Python only in its syntax: the checker sees the wrong types.
@@ -11,7 +12,6 @@ forward and backward; with a kernel for each side, so that nothing is added by t
 
 from __future__ import annotations
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -25,8 +25,6 @@ from fastcontrast.backends.reference.distance_softmax import (
     sigmoid_weights,
 )
 from fastcontrast.backends.scores import (
-    KEEPS,
-    METRICS,
     LossGradients,
     LossWeights,
     RowGradients,
@@ -46,6 +44,7 @@ from fastcontrast.backends.triton.launch import (
     padded_dimension,
     wide_launch,
 )
+from fastcontrast.backends.triton.mask import Mask
 from fastcontrast.backends.triton.operands import Operands, Points, prepare
 from fastcontrast.backends.triton.pairs import add_pairs, pair_scores
 from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
@@ -54,6 +53,7 @@ from fastcontrast.backends.triton.wide import Weights, blocks_of_products
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+ROW_NUMBERS = 6  # that row_table has of a row
 MERGE_BLOCK = 128
 # Programs per multiprocessor that a launch should have; fewer owners share out the other side.
 PROGRAMS_PER_PROCESSOR = 2
@@ -69,7 +69,7 @@ def distance_softmax_forward(
     """Statistics of every row."""
     if x.shape[0] == 0 or y.shape[0] == 0:
         return statistics_of_nothing(x, score_sum=score_sum, rank=threshold is not None)
-    return _statistics(prepare(x, y, scores), _Mask(scores), threshold, score_sum)
+    return _statistics(prepare(x, y, scores), Mask(scores), threshold, score_sum)
 
 
 def distance_softmax_backward(
@@ -84,7 +84,7 @@ def distance_softmax_backward(
     if x.shape[0] == 0 or y.shape[0] == 0:
         dx, dy, dscale = gradients_of_nothing(x, y, needs)
     else:
-        dx, dy, dscale = _gradients(prepare(x, y, scores), _Mask(scores), statistics, grads, needs)
+        dx, dy, dscale = _gradients(prepare(x, y, scores), Mask(scores), statistics, grads, needs)
     return dx.to(x.dtype), dy.to(y.dtype), dscale
 
 
@@ -99,20 +99,22 @@ def softmax_loss(
     if x.shape[0] == 0 or y.shape[0] == 0:
         loss = x.new_zeros(x.shape[0], dtype=accumulator_dtype(x.dtype))
         return LossGradients(loss, *gradients_of_nothing(x, y, needs))
-    operands, mask = prepare(x, y, scores), _Mask(scores)
+    operands, mask = prepare(x, y, scores), Mask(scores)
     acc = accumulator_dtype(x.dtype)
     a, b, c = (None if w is None else w.detach().to(acc) for w in weights)
-    columns, paired_lse = None, None
-    if c is not None:  # both directions of a symmetric loss
-        rows, columns = _both_statistics(operands, mask, scores)
-        paired_lse = of_positive(_in_full(columns), scores)
-    else:
-        rows = _statistics(operands, mask, None, False)
-    lse = _in_full(rows)
     assert mask.exclude is not None
     target = mask.exclude[:, 0].contiguous()
     positive, inverse = pair_scores(operands, target, mask.metric)
     positive = positive.double()
+    columns, paired_lse, gradients = None, None, None
+    if c is not None:  # both directions of a symmetric loss
+        rows, columns = _both_statistics(operands, mask, scores)
+        paired_lse = of_positive(_in_full(columns), scores)
+    elif _is_fused("gradients", operands):
+        rows = _statistics(operands, mask, None, False)
+    else:
+        rows, gradients = _statistics_and_gradients(operands, mask, positive, (a, b), needs)
+    lse = _in_full(rows)
     loss = row_losses(lse, rows.entropy, paired_lse, positive, LossWeights(a, b, c))
     grad_lse = sigmoid_weights(a, lse, positive)
     grad_pair, grad_columns = grad_lse, None
@@ -120,9 +122,10 @@ def softmax_loss(
         of_columns = sigmoid_weights(c, paired_lse, positive)
         grad_pair = grad_lse + of_columns
         grad_columns = ColumnGradients(columns, at_positives(of_columns, scores, y.shape[0]))
-    dx, dy, dscale = _gradients(
-        operands, mask, rows[:3], RowGradients(grad_lse, b, None), needs, grad_columns
-    )
+    if gradients is None:
+        of_rows = RowGradients(grad_lse, b, None)
+        gradients = _gradients(operands, mask, rows[:3], of_rows, needs, grad_columns)
+    dx, dy, dscale = gradients
     if a is not None or c is not None:
         weight = (-grad_pair * inverse * operands.scale).to(acc)
         add_pairs(
@@ -146,44 +149,16 @@ def _in_full(statistics: Statistics) -> Tensor:
     return statistics.lse.double() + statistics.lse_residual.double()
 
 
-class _Mask:
-    """Which columns count, and the metric, as the kernels want them."""
-
-    def __init__(self, scores: Scores) -> None:
-        self.metric = scores.metric
-        self.exclude = None
-        if scores.exclude is not None:
-            self.exclude = scores.exclude.to(torch.int64).contiguous()
-        self.row_ids, self.column_ids = _narrow_ids(scores.row_ids, scores.column_ids)
-        self.options = {
-            "METRIC": METRICS.index(scores.metric),
-            "KEEP": KEEPS.index(scores.keep),
-            "EXCLUDE": 0 if self.exclude is None else self.exclude.shape[1],
-        }
-
-    def of_rows(self, rows: slice) -> _Mask:
-        """The same for some of the rows."""
-        part = copy.copy(self)
-        part.exclude = None if self.exclude is None else self.exclude[rows]
-        part.row_ids = None if self.row_ids is None else self.row_ids[rows]
-        return part
-
-
 def _statistics(
-    operands: Operands, mask: _Mask, threshold: Tensor | None, score_sum: bool
+    operands: Operands, mask: Mask, threshold: Tensor | None, score_sum: bool
 ) -> Statistics:
-    x = operands.x
-    out = empty_statistics(x.given, score_sum=score_sum, rank=threshold is not None)
     rank = threshold is not None
+    out = empty_statistics(operands.x.given, score_sum=score_sum, rank=rank)
     limit = out.lse if threshold is None else threshold.to(out.lse.dtype).contiguous()
     if not _is_fused("statistics", operands):
         sizes = _wide_sizes("statistics", operands)
         for rows, dots in blocks_of_products(operands, mask.metric):
-            part = Statistics(*(value[rows] for value in out))
-            block = operands._replace(x=Points(*(value[rows] for value in x)))
-            _launch_statistics(
-                block, mask.of_rows(rows), part, limit[rows], score_sum, rank, sizes, dots
-            )
+            _launch_wide_statistics(operands, mask, rows, dots, out, limit, sizes)
     else:
         many = score_sum or rank or mask.row_ids is not None
         sizes = _sizes("statistics", operands, mask.metric, many=many)
@@ -192,7 +167,7 @@ def _statistics(
 
 
 def _both_statistics(
-    operands: Operands, mask: _Mask, scores: Scores
+    operands: Operands, mask: Mask, scores: Scores
 ) -> tuple[Statistics, Statistics]:
     """Statistics of every row, and of every column without entropies, from the same tiles.
 
@@ -210,13 +185,31 @@ def _both_statistics(
             _launch_statistics(operands, mask, rows, rows.lse, False, False, sizes, None, state)
             _launch_merge(state, state, columns, False, False)
             return rows, columns._replace(entropy=columns.entropy.zero_())
-    exchanged = _statistics(operands.exchanged(), _Mask(transposed(scores, n)), None, False)
+    exchanged = _statistics(operands.exchanged(), Mask(transposed(scores, n)), None, False)
     return _statistics(operands, mask, None, False), exchanged
+
+
+def _launch_wide_statistics(
+    operands: Operands,
+    mask: Mask,
+    rows: slice,
+    dots: Tensor,
+    out: Statistics,
+    limit: Tensor,
+    sizes: Launch,
+) -> Statistics:
+    """Fill some rows of ``out`` from their dot products with all columns, and return those."""
+    part = Statistics(*(value[rows] for value in out))
+    block = operands._replace(x=Points(*(value[rows] for value in operands.x)))
+    score_sum, rank = out.score_sum.numel() > 0, out.rank.numel() > 0
+    of_rows = mask.of_rows(rows)
+    _launch_statistics(block, of_rows, part, limit[rows], score_sum, rank, sizes, dots)
+    return part
 
 
 def _launch_statistics(
     operands: Operands,
-    mask: _Mask,
+    mask: Mask,
     out: Statistics,
     limit: Tensor,
     score_sum: bool,
@@ -265,7 +258,7 @@ def _launch_merge(
 
 def _gradients(
     operands: Operands,
-    mask: _Mask,
+    mask: Mask,
     statistics: tuple[Tensor, Tensor, Tensor],
     grads: RowGradients,
     needs: tuple[bool, bool, bool],
@@ -277,24 +270,63 @@ def _gradients(
     if columns is not None:
         column_table = row_table(columns.statistics[:3], RowGradients(columns.lse, None, None))[:3]
     if not _is_fused("gradients", operands):
-        ids = (_or(mask.row_ids, table), _or(mask.column_ids, table))
-        tensors = (_or(mask.exclude, table), *ids)
-        extras = (grads.entropy is not None, grads.score_sum is not None)
-        tables, sizes = (table, column_table), _wide_sizes("weights", operands)
-        weights = Weights(operands, tensors, mask.options, tables, extras, needs, sizes)
+        weights = _weights(operands, mask, (table, column_table), grads, needs)
         for rows, dots in blocks_of_products(operands, mask.metric):
             weights.add_block(rows, dots)
-        dx, dy, product = weights.result()
-    else:
-        dx, dy, product = _fused_gradients(operands, mask, table, column_table, grads, needs)
+        return _with_scale(weights.result(), operands, needs)
+    found = _fused_gradients(operands, mask, table, column_table, grads, needs)
+    return _with_scale(found, operands, needs)
+
+
+def _statistics_and_gradients(
+    operands: Operands,
+    mask: Mask,
+    positive: Tensor,
+    of_losses: tuple[Tensor | None, Tensor | None],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Statistics, tuple[Tensor, Tensor, Tensor]]:
+    """Of a loss in one direction with weights a and b, from scores that a GEMM writes once."""
+    a, b = of_losses
+    out = empty_statistics(operands.x.given, score_sum=False, rank=False)
+    table = out.lse.new_empty(ROW_NUMBERS, out.lse.shape[0])
+    weights = _weights(operands, mask, (table, None), RowGradients(None, b, None), needs)
+    sizes = _wide_sizes("statistics", operands)
+    for rows, dots in blocks_of_products(operands, mask.metric):
+        part = _launch_wide_statistics(operands, mask, rows, dots, out, out.lse, sizes)
+        weight, entropy = (None if w is None else w[rows] for w in (a, b))
+        grad_lse = sigmoid_weights(weight, _in_full(part), positive[rows])
+        table[:, rows] = row_table(part[:3], RowGradients(grad_lse, entropy, None))
+        weights.add_block(rows, dots)
+    return out, _with_scale(weights.result(), operands, needs)
+
+
+def _weights(
+    operands: Operands,
+    mask: Mask,
+    tables: tuple[Tensor, Tensor | None],
+    grads: RowGradients,
+    needs: tuple[bool, bool, bool],
+) -> Weights:
+    ids = (_or(mask.row_ids, tables[0]), _or(mask.column_ids, tables[0]))
+    tensors = (_or(mask.exclude, tables[0]), *ids)
+    extras = (grads.entropy is not None, grads.score_sum is not None)
+    sizes = _wide_sizes("weights", operands)
+    return Weights(operands, tensors, mask.options, tables, extras, needs, sizes)
+
+
+def _with_scale(
+    found: tuple[Tensor, Tensor, Tensor], operands: Operands, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, y and the scale from those of x and y and Σ ∂L/∂s · t."""
+    dx, dy, product = found
     if not needs[2]:
-        return dx, dy, table.new_empty(0)
-    return dx, dy, (product.sum() * LN_2 / operands.scale).to(table.dtype)
+        return dx, dy, operands.scale.new_empty(0)
+    return dx, dy, (product.sum() * LN_2 / operands.scale).to(operands.scale.dtype)
 
 
 def _fused_gradients(
     operands: Operands,
-    mask: _Mask,
+    mask: Mask,
     table: Tensor,
     column_table: Tensor | None,
     grads: RowGradients,
@@ -315,7 +347,7 @@ def _fused_gradients(
 
 def _side(
     operands: Operands,
-    mask: _Mask,
+    mask: Mask,
     table: Tensor,
     column_table: Tensor | None,
     grads: RowGradients,
@@ -353,11 +385,11 @@ def _side(
 
 
 def row_table(statistics: tuple[Tensor, Tensor, Tensor], grads: RowGradients) -> Tensor:
-    """What the weights of a row follow from, [6, M]: see load_row_gradients."""
+    """What the weights of a row follow from, [ROW_NUMBERS, M]: see load_row_gradients."""
     lse, lse_residual, entropy = statistics
     lse2 = (lse.double() + lse_residual.double()) * LOG2_E
     lse2 = torch.where(lse == -torch.inf, 0.0, lse2)
-    table = lse.new_empty(6, lse.shape[0])
+    table = lse.new_empty(ROW_NUMBERS, lse.shape[0])
     table[0] = lse2
     table[1] = lse2 - table[0].double()
     for column, value in ((2, grads.lse), (3, grads.entropy), (4, entropy), (5, grads.score_sum)):
@@ -399,17 +431,3 @@ def _splits(count: int, others: int, sizes: Launch, device: torch.device) -> tup
 def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
     """A tensor for an argument that the kernel's constants say is not read."""
     return stand_in if tensor is None else tensor
-
-
-def _narrow_ids(rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The ids as int32, renumbered in order: half the registers, no wait for a device."""
-    if rows is None or columns is None:
-        return None, None
-    if rows.dtype == columns.dtype == torch.int32:
-        return rows.contiguous(), columns.contiguous()
-    ordered, order = torch.cat([rows.to(torch.int64), columns.to(torch.int64)]).sort()
-    new = torch.zeros_like(ordered)
-    new[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
-    numbers = torch.empty_like(new).scatter_(0, order, new).to(torch.int32)
-    first, second = numbers.split([rows.shape[0], columns.shape[0]])
-    return first.contiguous(), second.contiguous()

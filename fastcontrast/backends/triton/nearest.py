@@ -34,12 +34,12 @@ from torch import Tensor
 from fastcontrast.backends.scores import Scores, accumulator_dtype, padding
 from fastcontrast.backends.triton.distance_softmax import (
     _capability,
-    _Mask,
     _or,
     _splits,
     _widths,
 )
 from fastcontrast.backends.triton.launch import launch
+from fastcontrast.backends.triton.mask import Mask
 from fastcontrast.backends.triton.operands import Operands, prepare
 from fastcontrast.backends.triton.pairs import pair_values
 from fastcontrast.backends.triton.tiles import DOT, counted, load_excluded, load_rows, products
@@ -196,7 +196,7 @@ class _Search:
             points = (_unit_rows(x, x_norm), _unit_rows(y, y_norm))
             scores = scores._replace(metric="dot")
         operands = prepare(*points, scores._replace(precision="tf32"))
-        mask = _Mask(scores)
+        mask = Mask(scores)
         x_bounds, y_bounds = _bounds(operands, scores.metric, farthest)
         self.x = _Side(x, operands.x.values, *x_bounds, x_norm, mask.exclude, mask.row_ids)
         self.y = _Side(y, operands.y.values, *y_bounds, y_norm, None, mask.column_ids)

@@ -48,8 +48,11 @@ from fastcontrast.backends.triton.tiles import (
     scores_of,
 )
 
-# Scores of a block of rows: 128 MiB in float32, and weights beside them.
+# Scores of a block of rows: 128 MiB in float32, and weights beside them. And its least rows: with
+# fewer, the columns' gradient would be read and written for longer than it is multiplied (16 bytes
+# and 6 operations a row for each of its elements; GPUs have about 150 operations for a byte).
 BLOCK_SCORES = 1 << 25
+LEAST_ROWS = 512
 
 
 @triton.jit
@@ -261,7 +264,7 @@ class Weights:
         if self.needs[1]:
             for part in parts:
                 for side in _sides(x):
-                    self.y += product(part.T, side[rows], kind)
+                    add_product(self.y, part.T, side[rows], kind)
                 self.column_sum += part.sum(0, dtype=torch.float64)
             if distances:
                 near_columns_kernel[(tiles,)](
@@ -281,7 +284,7 @@ class Weights:
 
 def rows_of_block(n: int) -> int:
     """Rows whose products with n columns are in memory at a time."""
-    return max(WIDE.block, BLOCK_SCORES // n // WIDE.block * WIDE.block)
+    return max(LEAST_ROWS, BLOCK_SCORES // n // WIDE.block * WIDE.block)
 
 
 def blocks_of_products(operands: Operands, metric: str) -> Iterator[tuple[slice, Tensor]]:
@@ -306,6 +309,15 @@ def product(a: Tensor, b: Tensor, kind: str) -> Tensor:
     # bfloat16 and float16 numbers are exact in TF32, and so are those rounded to it.
     with float32_products("ieee" if kind == "ieee" or not a.is_cuda else "tf32", cuda=a.is_cuda):
         return a.to(wanted) @ b.to(wanted)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, kind: str) -> None:
+    """Add it to ``total`` by the same GEMM, which reads and writes that once."""
+    if a.is_cuda and a.dtype == b.dtype != total.dtype and _HAS_OUT_DTYPE:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        return
+    with float32_products("ieee" if kind == "ieee" or not a.is_cuda else "tf32", cuda=a.is_cuda):
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 _HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
