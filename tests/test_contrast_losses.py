@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from tolerances import GRADIENT_FLOOR, relative_error
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from variants import on_every_backend
 
 import fastcontrast as fc
+from fastcontrast.ops.precision import of_widened
 
 every_backend = on_every_backend("distance_softmax")
 METRICS = ("l2", "sqeuclidean", "cosine", "dot")
@@ -307,6 +309,18 @@ LOSSES: dict[str, Any] = {
         x, torch.arange(len(x)), y, positive_in_sum=False, **o
     ),
 }
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_half_rows_that_a_gpu_widens_are_multiplied_as_two_terms(device: str) -> None:
+    with FakeTensorMode():
+        half, full = (
+            torch.empty(2, 3, dtype=dtype, device=device)
+            for dtype in (torch.bfloat16, torch.float32)
+        )
+    assert of_widened("auto", half, half) == ("bf16x3" if device == "cuda" else "auto")
+    assert of_widened("auto", half, full) == "auto"  # promoted to float32: torch's setting
+    assert of_widened("ieee", half) == "ieee"
 
 
 @every_backend

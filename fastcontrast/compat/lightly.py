@@ -16,6 +16,7 @@ from fastcontrast.losses.info_nce import info_nce_loss
 from fastcontrast.ops.checks import check_pairs, inverse_temperature
 from fastcontrast.ops.contrast_loss import Candidates, contrast_loss
 from fastcontrast.ops.normalized import normalized
+from fastcontrast.ops.precision import of_widened
 
 
 class MemoryBank(nn.Module):
@@ -99,7 +100,7 @@ class NTXentLoss(nn.Module):
             Candidates(rows, columns, target, own, None, None, "dot", scale),
             all_pay=True,
             reduction="mean",
-            precision="auto",
+            precision=of_widened("auto", out0, out1),
             backend=None,
         )
 
@@ -115,4 +116,5 @@ class NTXentLoss(nn.Module):
             in_batch=False,
             metric="dot",
             temperature=self.temperature,
+            precision=of_widened("auto", out0, out1),
         )

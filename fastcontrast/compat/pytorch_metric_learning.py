@@ -23,6 +23,7 @@ from fastcontrast.ops.distance_softmax import distance_softmax
 from fastcontrast.ops.label_softmax import ClassStatistics, class_statistics
 from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.pairs import paired_scores
+from fastcontrast.ops.precision import of_widened
 from fastcontrast.ops.softmax_loss import softplus
 
 POWERS = {1: "l2", 2: "sqeuclidean"}
@@ -51,6 +52,7 @@ class _Operands:
         self, distance: Any, embeddings: Tensor, labels: Any, ref_emb: Tensor, ref_labels: Any
     ) -> None:
         self.metric, normalize = metric_of(distance)
+        self.precision = of_widened("auto", embeddings, ref_emb) if normalize else "auto"
         self.x = normalized(embeddings) if normalize else embeddings
         same = ref_emb is embeddings
         self.y = self.x if same else normalized(ref_emb) if normalize else ref_emb
@@ -72,7 +74,7 @@ class _Operands:
         """Statistics of each row's class and of the others."""
         return class_statistics(
             self.x, self.y, self.labels, self.ref_labels, self.own, metric=self.metric,
-            scale=scale, precision="auto", backend=None,
+            scale=scale, precision=self.precision, backend=None,
         )  # fmt: skip
 
     def positive_pairs(self) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from fastcontrast.losses.memory_queue import MemoryQueue, with_entries
 from fastcontrast.ops.checks import METRICS, check_choice, check_pairs, inverse_temperature
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
 from fastcontrast.ops.normalized import normalized
+from fastcontrast.ops.precision import of_widened
 from fastcontrast.ops.ranks import Ranks
 from fastcontrast.ops.reduction import REDUCTIONS
 
@@ -83,7 +84,7 @@ def nt_xent_loss(
     rows = torch.cat([view1, view2])
     if rows.dtype in (torch.float16, torch.bfloat16):
         # Every row is a column too: its two gradients are added before they are rounded.
-        rows, precision = rows.float(), "ieee"
+        rows, precision = rows.float(), of_widened(precision, rows)
     if metric == "cosine":
         rows, metric = normalized(rows), "dot"
         columns = with_entries(rows, queue)

@@ -19,6 +19,7 @@ from fastcontrast.ops.checks import (
 )
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
 from fastcontrast.ops.normalized import normalized
+from fastcontrast.ops.precision import of_widened
 from fastcontrast.ops.reduction import REDUCTIONS
 
 
@@ -85,6 +86,7 @@ def proxy_nca_loss(
     columns = with_entries(proxies, queue)
     scale = inverse_temperature(temperature, embeddings, columns)
     if normalize or metric == "cosine":
+        precision = of_widened(precision, embeddings, columns)
         embeddings, columns = normalized(embeddings), normalized(columns)
         metric = "dot" if metric == "cosine" else metric
     return contrast_loss(

@@ -23,6 +23,7 @@ from fastcontrast.ops.checks import check_fraction, check_scale
 from fastcontrast.ops.distance_softmax import RowStatistics, accumulator_dtype
 from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.pairs import paired_distance, paired_scores
+from fastcontrast.ops.precision import of_widened
 from fastcontrast.ops.ranks import Ranks, several, total
 from fastcontrast.ops.sharded_softmax import columns_of_all, sharded_softmax
 from fastcontrast.ops.softmax_loss import (
@@ -154,7 +155,8 @@ def contrast_loss(
         return loss if ranks is None else ranks.loss(loss, reduction)
     if torch.promote_types(c.x.dtype, c.y.dtype) in (torch.float16, torch.bfloat16):
         # Operands reach the loss by several ways: their gradients are added before one rounding.
-        c, options["precision"] = _widened(c), "ieee"
+        options["precision"] = of_widened(precision, c.x, c.y)
+        c = _widened(c)
     direction = _Direction(c, options, wanted, all_ranks=ranks)
     loss = direction.losses(reweighting)
     if symmetric:

@@ -20,7 +20,6 @@ from torch import Tensor
 from fastcontrast import backends
 from fastcontrast.backends.reference.distance_softmax import differentiable_statistics
 from fastcontrast.backends.scores import (
-    PRECISIONS,
     RowGradients,
     Scores,
     accumulator_dtype,
@@ -38,6 +37,7 @@ from fastcontrast.ops.checks import (
 from fastcontrast.ops.double_backward import differentiable_gradients
 from fastcontrast.ops.eager_function import EagerFunction
 from fastcontrast.ops.normalized import normalized
+from fastcontrast.ops.precision import effective_precision, of_widened
 
 
 class RowStatistics(NamedTuple):
@@ -106,7 +106,8 @@ def distance_softmax(
         score_sum: Also return the plain sum and the number of the scores that count.
         precision: How operands of matrix products may be rounded at the worst: ``"ieee"``,
             ``"tf32"``, ``"bf16x3"``, ``"bf16"``, or ``"auto"`` to follow
-            ``torch.get_float32_matmul_precision()``. float64 is never rounded.
+            ``torch.get_float32_matmul_precision()``. float64 is never rounded; half points are
+            used as they are; where a GPU has to normalize or widen them first, in ``"bf16x3"``.
         backend: A name from :func:`fastcontrast.available_backends`, or None for the fastest.
 
     Returns:
@@ -134,6 +135,7 @@ def distance_softmax(
         check_thresholds(threshold, x.shape[0], x.device)
         threshold = threshold.detach()
     if metric == "cosine":
+        precision = of_widened(precision, x)
         x, y, metric = normalized(x), normalized(y), "dot"
     check_scale("scale", scale, x)
     compiling = torch.compiler.is_compiling()
@@ -160,21 +162,6 @@ def distance_softmax(
         total if score_sum else None,
         count if score_sum else None,
     )
-
-
-def effective_precision(precision: str, x: Tensor) -> str:
-    """What ``precision`` means for operands like ``x``: "auto" follows torch's global setting."""
-    if x.dtype != torch.float32:
-        return "ieee"
-    if precision != "auto":
-        return precision
-    try:
-        setting = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the newer per-device settings are in use
-        library = torch.backends.cuda if x.device.type == "cuda" else torch.backends.mkldnn
-        setting = getattr(library, "matmul").fp32_precision  # noqa: B009 (unknown to the stubs)
-        return setting if setting in PRECISIONS else "ieee"
-    return {"highest": "ieee", "high": "tf32", "medium": "bf16"}[setting]
 
 
 class _EagerDistanceSoftmax(EagerFunction):

@@ -17,6 +17,7 @@ from fastcontrast.ops.distance_softmax import RowStatistics
 from fastcontrast.ops.nearest import nearest
 from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.pairs import paired_scores
+from fastcontrast.ops.precision import of_widened
 from fastcontrast.ops.ranks import Ranks, several, total
 from fastcontrast.ops.sharded_softmax import columns_of_all, sharded_softmax
 from fastcontrast.ops.softmax_loss import log_add, softplus
@@ -95,7 +96,8 @@ def class_statistics(
     wanted = check_statistics(return_stats)
     if torch.promote_types(x.dtype, y.dtype) in (torch.float16, torch.bfloat16):
         # Two passes, two gradients: added before they are rounded.
-        x, y, precision = x.float(), y.float(), "ieee"
+        precision = of_widened(precision, x, y)
+        x, y = x.float(), y.float()
     if metric == "cosine":
         same_operand = x is y
         x = normalized(x)

@@ -32,11 +32,11 @@ from fastcontrast.ops.checks import PRECISION_CHOICES, check_choice
 from fastcontrast.ops.distance_softmax import (
     RowStatistics,
     distance_softmax,
-    effective_precision,
     with_tensors,
     without_tensors,
 )
 from fastcontrast.ops.eager_function import EagerFunction
+from fastcontrast.ops.precision import effective_precision
 from fastcontrast.ops.ranks import Ranks, gathered, refuse_second_derivative
 from fastcontrast.ops.statistics import joined_entropy
 

@@ -30,12 +30,12 @@ from fastcontrast.backends.reference.distance_softmax import (
 from fastcontrast.backends.scores import LossWeights, Scores, accumulator_dtype, transposed
 from fastcontrast.ops.checks import PRECISION_CHOICES, check_choice
 from fastcontrast.ops.distance_softmax import (
-    effective_precision,
     score_gradients,
     with_tensors,
     without_tensors,
 )
 from fastcontrast.ops.eager_function import EagerFunction
+from fastcontrast.ops.precision import effective_precision, of_widened
 from fastcontrast.ops.ranks import Ranks
 from fastcontrast.ops.sharded_softmax import sharded_softmax
 
@@ -118,7 +118,8 @@ def row_losses_of(
     """
     dtype = torch.promote_types(x.dtype, y.dtype)
     if dtype != accumulator_dtype(dtype):
-        x, y, precision = x.float(), y.float(), "ieee"
+        precision = of_widened(precision, x, y)
+        x, y = x.float(), y.float()
     exclude = _left_out(target, own)
     rows = sharded_softmax(
         ranks, x, y, resident=resident, metric=metric, scale=scale, exclude=exclude,

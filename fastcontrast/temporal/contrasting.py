@@ -20,6 +20,7 @@ from fastcontrast.ops.checks import METRICS, check_choice, check_operands, inver
 from fastcontrast.ops.distance_softmax import distance_softmax
 from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.pairs import paired_scores
+from fastcontrast.ops.precision import of_widened
 from fastcontrast.ops.reduction import REDUCTIONS
 from fastcontrast.ops.softmax_loss import log_add, softplus
 from fastcontrast.temporal.adjacency import (
@@ -113,7 +114,7 @@ def temporal_contrasting_loss(
     x = embeddings
     if x.dtype in (torch.float16, torch.bfloat16):
         # Streams and near frames, several gradients: added before they are rounded.
-        x, precision = x.float(), "ieee"
+        x, precision = x.float(), of_widened(precision, x)
     if metric == "cosine":
         x, metric = normalized(x), "dot"
     positives = near(line, window)
