@@ -38,6 +38,23 @@ def test_networks_are_the_papers(name, channels, side, cells, millions):
     assert weights / 1e6 == pytest.approx(millions, abs=0.006)
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks", "cells"), [("mnist", 1, (16, 13, 13)), ("stl10", 2, (96, 23, 23))]
+)
+def test_an_earlier_map_of_a_narrower_network(name, blocks, cells):
+    """Trunk and head together are the same layers wherever they are parted."""
+    side, channels = (28, 1) if name == "mnist" else (96, 3)
+    shapes = []
+    for parted in (blocks, 0):
+        trunk = models.spatial_trunk(name, channels, 0.01, 0.5, parted).eval()
+        head = models.spatial_head(name, 10, 0.01, 0.0, 0.5, parted).eval()
+        features = trunk(torch.randn(2, channels, side, side))
+        assert parted == 0 or features.shape[1:] == cells
+        assert head(features).shape == (2, 10)
+        shapes.append([p.shape for p in (*trunk.parameters(), *head.parameters())])
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("reduce", ["flatten", "mean"])
 def test_patches_are_contrasted_by_equation_4(size, reduce):

@@ -313,6 +313,10 @@ class SpatialConfig(RunConfig):
     """Dropout before the last layers, while fine-tuning."""
     slope: float = 0.01
     """Slope of the leaky units of the CIFAR-10 network."""
+    width: float = 1.0
+    """Factor of the widths of the network."""
+    blocks: int = 0
+    """Blocks of the network before the contrasted map. 0: all but the last layers."""
 
     steps: int = 300
     """Steps of fine-tuning."""
@@ -329,17 +333,9 @@ class SpatialConfig(RunConfig):
         """Raise ValueError that names the first field whose value is unusable."""
         super().check()
         at_least(self, 1, "patch_size", "queue_size")
-        at_least(
-            self,
-            0,
-            "pretraining_steps",
-            "pretraining_eval_every",
-            "labels_per_class",
-            "shift",
-            "min_offset",
-            "hardness",
-        )
-        for field in ("pretraining_learning_rate", "baseline_learning_rate"):
+        at_least(self, 0, "pretraining_steps", "pretraining_eval_every", "labels_per_class")
+        at_least(self, 0, "shift", "min_offset", "hardness", "blocks")
+        for field in ("pretraining_learning_rate", "baseline_learning_rate", "width"):
             require(0 < getattr(self, field) < math.inf, self, field, "above 0")
         for field in ("head_dropout", "slope", "tau_plus"):
             require(0 <= getattr(self, field) < 1, self, field, "0 or more, below 1")

@@ -81,72 +81,112 @@ def triplet_network(name: str, channels: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(*layers, *_average())
 
 
-def spatial_trunk(name: str, channels: int, slope: float) -> nn.Sequential:
+def spatial_trunk(
+    name: str, channels: int, slope: float, width: float = 1.0, blocks: int = 0
+) -> nn.Sequential:
     """The part of spatial contrasting's network that is pretrained: images to a feature map.
 
-    MNIST [M, 64, 6, 6], CIFAR-10 [M, 192, 8, 8], STL-10 [M, 192, 23, 23].
+    Of ``blocks`` blocks, 0 for all: MNIST [M, 64, 6, 6] and CIFAR-10 [M, 192, 8, 8] after two,
+    STL-10 [M, 192, 23, 23] after three; ``width`` times as many channels.
     """
-    if name == "mnist":
-        return nn.Sequential(
-            nn.Conv2d(channels, 32, 5, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # [M, 32, 13, 13]
-            nn.BatchNorm2d(32),
-            *_norm_relu(32, 64),
-            *_norm_relu(64, 64),
-            nn.MaxPool2d(2),  # [M, 64, 6, 6]
-            nn.BatchNorm2d(64),
-        )
-    if name == "cifar10":
-        return nn.Sequential(
-            *_norm_relu(channels, 96, slope=slope),
-            *_norm_relu(96, 96, slope=slope),
-            *_norm_relu(96, 96, slope=slope),
-            nn.MaxPool2d(2),  # [M, 96, 16, 16]
-            nn.BatchNorm2d(96),
-            *_norm_relu(96, 192, slope=slope),
-            *_norm_relu(192, 192, slope=slope),
-            *_norm_relu(192, 192, slope=slope),
-            nn.MaxPool2d(2),  # [M, 192, 8, 8]
-            nn.BatchNorm2d(192),
-        )
-    return nn.Sequential(
-        *_norm_relu(channels, 64, 5),
-        *_norm_relu(64, 160, 1),
-        *_norm_relu(160, 96, 1),
-        nn.MaxPool2d(3, 2),  # [M, 96, 47, 47]
-        *_norm_relu(96, 192, 5),
-        *_norm_relu(192, 192, 1),
-        *_norm_relu(192, 192, 1),
-        nn.MaxPool2d(3, 2),  # [M, 192, 23, 23]
-        *_norm_relu(192, 192),
-        *_norm_relu(192, 192, 1),
-        *_norm_relu(192, 192, 1),
-    )
+    made = _spatial_blocks(name, channels, slope, width)
+    return nn.Sequential(*(layer for block in made[: blocks or None] for layer in block()))
 
 
-def spatial_head(name: str, classes: int, slope: float, dropout: float) -> nn.Sequential:
+def spatial_head(
+    name: str, classes: int, slope: float, dropout: float, width: float = 1.0, blocks: int = 0
+) -> nn.Sequential:
     """What follows the trunk for classification: a feature map to scores [M, classes]."""
+    rest = _spatial_blocks(name, 0, slope, width)[blocks:] if blocks else []
+    layers = [layer for block in rest for layer in block()]
     drop = [nn.Dropout(dropout)] if dropout else []
+    w = _widths(width)
     if name == "mnist":
-        layers = [*_norm_relu(64, 128), *drop, nn.Conv2d(128, classes, 1)]
+        layers += [*_norm_relu(w(64), w(128)), *drop, nn.Conv2d(w(128), classes, 1)]
     elif name == "cifar10":
-        layers = [
-            *_norm_relu(192, 192, slope=slope),
-            *_norm_relu(192, 192, 1, slope=slope),
+        layers += [
+            *_norm_relu(w(192), w(192), slope=slope),
+            *_norm_relu(w(192), w(192), 1, slope=slope),
             *drop,
-            nn.Conv2d(192, classes, 1),
+            nn.Conv2d(w(192), classes, 1),
         ]
     else:
-        layers = [
-            nn.Conv2d(192, 256, 3, padding=1),
+        layers += [
+            nn.Conv2d(w(192), w(256), 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(256, 128, 1),
+            nn.Conv2d(w(256), w(128), 1),
             nn.ReLU(),
             *drop,
-            nn.Conv2d(128, classes, 1),
+            nn.Conv2d(w(128), classes, 1),
         ]
     return nn.Sequential(*layers, *_average())
+
+
+def spatial_depth(name: str) -> int:
+    """Blocks of the trunk, each of which ends where a map may be contrasted."""
+    return len(_spatial_blocks(name, 0, 0.0, 1.0))
+
+
+def _spatial_blocks(
+    name: str, channels: int, slope: float, width: float
+) -> list[Callable[[], list[nn.Module]]]:
+    """Not built yet: what is not built draws no weights."""
+    w = _widths(width)
+    if name == "mnist":
+        return [
+            lambda: [
+                nn.Conv2d(channels, w(32), 5, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2),  # [M, 32, 13, 13]
+                nn.BatchNorm2d(w(32)),
+            ],
+            lambda: [
+                *_norm_relu(w(32), w(64)),
+                *_norm_relu(w(64), w(64)),
+                nn.MaxPool2d(2),  # [M, 64, 6, 6]
+                nn.BatchNorm2d(w(64)),
+            ],
+        ]
+    if name == "cifar10":
+        return [
+            lambda: [
+                *_norm_relu(channels, w(96), slope=slope),
+                *_norm_relu(w(96), w(96), slope=slope),
+                *_norm_relu(w(96), w(96), slope=slope),
+                nn.MaxPool2d(2),  # [M, 96, 16, 16]
+                nn.BatchNorm2d(w(96)),
+            ],
+            lambda: [
+                *_norm_relu(w(96), w(192), slope=slope),
+                *_norm_relu(w(192), w(192), slope=slope),
+                *_norm_relu(w(192), w(192), slope=slope),
+                nn.MaxPool2d(2),  # [M, 192, 8, 8]
+                nn.BatchNorm2d(w(192)),
+            ],
+        ]
+    return [
+        lambda: [
+            *_norm_relu(channels, w(64), 5),
+            *_norm_relu(w(64), w(160), 1),
+            *_norm_relu(w(160), w(96), 1),
+            nn.MaxPool2d(3, 2),  # [M, 96, 47, 47]
+        ],
+        lambda: [
+            *_norm_relu(w(96), w(192), 5),
+            *_norm_relu(w(192), w(192), 1),
+            *_norm_relu(w(192), w(192), 1),
+            nn.MaxPool2d(3, 2),  # [M, 192, 23, 23]
+        ],
+        lambda: [
+            *_norm_relu(w(192), w(192)),
+            *_norm_relu(w(192), w(192), 1),
+            *_norm_relu(w(192), w(192), 1),
+        ],
+    ]
+
+
+def _widths(factor: float) -> Callable[[int], int]:
+    return lambda channels: max(1, round(factor * channels))
 
 
 def temporal_network(name: str, channels: int, *, tall: bool) -> nn.Sequential:

@@ -112,10 +112,12 @@ def prepare(config: SpatialConfig, *, open_folder: bool = True) -> stage.Job[Spa
             )
 
     def make(name: str, channels: int) -> nn.Module:
-        return models.spatial_trunk(name, channels, config.slope)
+        return models.spatial_trunk(name, channels, config.slope, config.width, config.blocks)
 
     unlabelled = open_folder and config.pretraining_steps > 0  # only contrasting has a use for them
     job = stage.prepare(config, make, check, open_folder=False, unlabelled=unlabelled)
+    if config.blocks > (depth := models.spatial_depth(job.network)):
+        raise ValueError(f"blocks is {config.blocks}; the network has {depth}")
     with torch.device("meta"), torch.no_grad():
         trunk = make(job.network, job.channels).eval()
         shape = job.dataset.train_images.shape[2:]
@@ -129,16 +131,15 @@ def prepare(config: SpatialConfig, *, open_folder: bool = True) -> stage.Job[Spa
 
 def build_trunk(config: SpatialConfig, network: str, channels: int) -> nn.Module:
     """Build the part that is pretrained, with weights that are a function of the seed."""
-    return models.build(lambda: models.spatial_trunk(network, channels, config.slope), config.seed)
+    sizes = (config.slope, config.width, config.blocks)
+    return models.build(lambda: models.spatial_trunk(network, channels, *sizes), config.seed)
 
 
 def build_classifier(trunk: nn.Module, job: stage.Job[SpatialConfig]) -> nn.Sequential:
     """Put the head, with weights that are a function of the seed, on a trunk."""
     config, classes = job.config, job.dataset.num_classes
-    head = models.build(
-        lambda: models.spatial_head(job.network, classes, config.slope, config.head_dropout),
-        config.seed + 1,
-    )
+    sizes = (config.slope, config.head_dropout, config.width, config.blocks)
+    head = models.build(lambda: models.spatial_head(job.network, classes, *sizes), config.seed + 1)
     return nn.Sequential(trunk, head)
 
 

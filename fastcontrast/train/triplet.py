@@ -264,7 +264,8 @@ def train(job: stage.Job[TripletConfig]) -> stage.Result:
         if not is_first():
             return stage.Result(run, trained.step, trained.interrupted, [])
         chosen = torch.from_numpy(classifier_images(config, len(train_images))).to(device)
-        points = embed(trained.model, train_images[chosen], pixels)
+        every = len(chosen) == len(train_images)  # then nothing is copied
+        points = embed(trained.model, train_images if every else train_images[chosen], pixels)
         test = embed(trained.model, test_images, pixels)
         figures = [
             Figure(
