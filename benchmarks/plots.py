@@ -61,12 +61,12 @@ def _same_but_rows(row: Row) -> str:
 
 
 def _ladders(rows: list[Row], job: str) -> dict[str, list[Row]]:
-    """Rows of a job that differ in M alone, where there are at least two M."""
+    """Rows of a job that differ in M alone, where there are three M or more."""
     found: dict[str, list[Row]] = {}
     for row in measured(rows):
         if row["job"] == job and row["case"].get("kind") == "one direction":
             found.setdefault(_same_but_rows(row), []).append(row)
-    return {k: v for k, v in found.items() if len({r["case"]["rows"] for r in v}) > 1}
+    return {k: v for k, v in found.items() if len({r["case"]["rows"] for r in v}) > 2}
 
 
 def _lines(axes: Any, rows: list[Row], value: str, scale: float) -> None:

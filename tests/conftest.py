@@ -27,9 +27,13 @@ collect_ignore = ["broken_peers.py"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under TRITON_INTERPRET=1, only what the interpreted kernels run: the rest had its own run."""
+    """Under TRITON_INTERPRET=1, only what the interpreted kernels run: the rest had its own run.
+
+    Slow tests come first, so that none is left to one process when the others have ended.
+    """
     worth = worth_interpreting if triton.INTERPRETED else worth_emulating
     kept = [item for item in items if worth(item)]
+    kept.sort(key=lambda item: item.get_closest_marker("slow") is None)
     left = [item for item in items if not worth(item)]
     config.hook.pytest_deselected(items=left)
     items[:] = kept

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,19 @@ def test_a_peer_that_fewer_rows_show_to_be_slow_is_a_row(finished, tmp_path, mon
     found = {(row["provider"], row["case"]["rows"]): row for row in rows}
     assert [row["status"] for row in found.values()].count("ok") == 3
     assert "by what a smaller case took" in found["torch eager", 24]["reason"]
+
+
+def test_more_dimensions_are_predicted_too():
+    runner, row = object.__new__(suite.Run), {"provider": "KeOps", "status": "ok"}
+    facts = {"job": "losses", "metric": "l2", "rows": 64, "dim": 8}
+    sizes = ((64, 8), (32, 8), (64, 16), (128, 4), (16, 8))
+    runner.record = {"rows": [row | {"case": facts | {"rows": r, "dim": d}} for r, d in sizes]}
+
+    asked = SimpleNamespace(facts=facts | {"job": "memory", "dim": 16})
+    found = runner._smaller_case(asked, "KeOps")
+    assert found["case"] == facts
+    assert found["more"] == 2.0
+    assert runner._smaller_case(asked, "torch eager") is None
 
 
 def test_the_last_case_ends_soon_after_the_time(results, tmp_path, monkeypatch):
@@ -298,7 +312,7 @@ class _Page(html.parser.HTMLParser):
 
 def test_the_page_needs_no_other_file(results, tmp_path):
     row = _row(results, "fastcontrast")
-    for rows in (64, 256):  # a ladder, and cases that the other pictures are drawn of
+    for rows in (64, 128, 256):  # a ladder, and cases that the other pictures are drawn of
         case = row["case"] | {"rows": rows, "job": "losses"}
         for provider in ("fastcontrast", "torch eager"):
             more = row | {"job": "losses", "case": case, "name": f"M = {rows}"}

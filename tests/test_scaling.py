@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from benchmarks.scaling import CLUSTERS, STRATEGIES, Cluster, balance, loss_step
 def test_at_the_balance_sending_takes_as_long_as_computing(cluster: Cluster, strategy: str) -> None:
     """The document's table against the model of a step: what waits there, and hides beyond."""
     still = cluster._replace(latency=0.0)
-    rows = round(balance(still, strategy, 2))
+    rows = math.ceil(balance(still, strategy, 2))
     step = loss_step(still, 4096, rows, 512, strategy, 2)
     if strategy == "gather":
         assert step.waiting == pytest.approx(step.compute, rel=2e-3)
