@@ -73,6 +73,7 @@ class Resources(NamedTuple):
     asynchronous_copies: int
     warps_resident: int
     vector_stores: int
+    warp_group_products: int  # of the matrix instructions, those of a warp group: WGMMA
 
 
 def subset() -> list[Entry]:
@@ -112,14 +113,14 @@ def compiled(entry: Entry, sizes: launches.Launch | None = None) -> Resources:
     """Compile one entry, or find it in the cache, and say what it takes."""
     sizes, cache = sizes or launch_of(entry), _cache()
     key = _key(entry, sizes)
-    if key not in cache:
+    if len(cache.get(key, ())) != len(Resources._fields):
         cache[key] = list(_compile(entry, sizes))
     return Resources(*cache[key])
 
 
 def is_compiled(entry: Entry) -> bool:
     """Whether :func:`compiled` finds the entry in the cache."""
-    return _key(entry, launch_of(entry)) in _cache()
+    return len(_cache().get(_key(entry, launch_of(entry)), ())) == len(Resources._fields)
 
 
 def _key(entry: Entry, sizes: launches.Launch) -> str:
@@ -176,6 +177,7 @@ def _compile(entry: Entry, sizes: launches.Launch) -> Resources:
         registers, stack, shared, len(re.findall(matrix, result.asm["ptx"])),
         result.asm["ttgir"].count("async_copy_global"), programs * sizes.warps,
         len(re.findall(r"st\.global\S*\.v\d", result.asm["ptx"])),
+        len(re.findall(r"wgmma\.mma_async", result.asm["ptx"])),
     )  # fmt: skip
 
 
@@ -237,7 +239,7 @@ def document(found: dict[Entry, Resources], entries: int) -> str:
         groups.setdefault(merged, []).append(resources)
     for e, group in groups.items():
         sizes = launch_of(e)
-        registers, spilled, shared, matrix, _, warps, _ = zip(*group, strict=True)
+        registers, spilled, shared, matrix, _, warps, *_ = zip(*group, strict=True)
         shown = registers if len(set(registers)) > 1 else registers[:1]
         lines.append(
             f"| {e.architecture} | {name_of(e)} | {e.kind} | {e.dim or 'any'} | "

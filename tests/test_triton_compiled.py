@@ -55,6 +55,9 @@ class TestCompiled:
             used = resources["matrix_instructions"] > 0
             wanted = entry["kernel"] in WITH_PRODUCTS and entry["kind"] != "ieee"
             assert used == wanted, (entry, resources)
+            if entry["architecture"] == 90 and entry["kind"] != "float64":  # which WGMMA lacks
+                wgmma = resources["warp_group_products"]
+                assert wgmma == resources["matrix_instructions"], (entry, resources)
 
     def test_tiles_are_loaded_ahead(self) -> None:
         """A branch for near pairs must not keep the loop from being pipelined."""
@@ -153,7 +156,8 @@ def test_the_launch_table_is_whole() -> None:
                         assert sizes.block & (sizes.block - 1) == 0
                         assert min(sizes.block, sizes.other) >= 16
                         warp_groups = -(-sizes.warps // 4)
-                        # bf16x3: two warp groups share 64 rows and part their columns.
+                        # bf16x3: two warp groups share 64 rows and part their columns, by WGMMA too
+                        # (TestCompiled).
                         if capability == (9, 0) and kind not in ("ieee", "float64", "bf16x3"):
                             assert sizes.block >= 64 * warp_groups  # or WGMMA is lost
         for kind in launches.NEAREST_KINDS:
