@@ -7,6 +7,7 @@ touched. Accuracies are in per cent, mean ± standard deviation over seeds.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +72,10 @@ def budget_table(record: Record, figures: dict[str, str]) -> str:
     for variant, points in found[0].items():
         for place, point in enumerate(points):
             same = [each[variant][place] for each in found]
-            values = [f"{one.mean:.2f} ± {one.spread:.2f}" for one in same]
+            values = [
+                f"{one.mean:.2f}" + (f" ± {one.spread:.2f}" if one.count > 1 else "")
+                for one in same
+            ]
             cells = [variant, str(point.steps), f"{point.seconds:.0f}", *values, str(point.count)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -262,11 +266,12 @@ def section(record: Record, study: Study, images: list[str]) -> str:
     runs = record["runs"]
     where = {(e["processor"], e["torch"], e["commit"]) for e in (r["environment"] for r in runs)}
     machines = "; ".join(f"{p}, torch {t}, commit {c}" for p, t, c in sorted(where))
-    seeds = len({run["seed"] for run in runs})
+    counts = Counter((run["variant"], run["steps"]) for run in runs).values()
+    seeds = f"{max(counts)} seeds" + (", or one" if min(counts) == 1 < max(counts) else "")
     data = DATA.get(record["data"], record["data"])
     head = f"### {study.title}" + (f", {data}" if study.figures else "")
     lines = [head, "", study.about, ""]
-    lines += [f"Mean ± standard deviation over {seeds} seeds, one core of {machines}; "
+    lines += [f"Mean ± standard deviation over {seeds}, one core of {machines}; "
              f"[the runs](../benchmarks/results/{stem(record)}.json).", ""]  # fmt: skip
     lines += ["```sh", command(record, study), "```", ""]
     for image in images:
