@@ -113,18 +113,18 @@ def compiled(entry: Entry, sizes: launches.Launch | None = None) -> Resources:
     """Compile one entry, or find it in the cache, and say what it takes."""
     sizes, cache = sizes or launch_of(entry), _cache()
     key = _key(entry, sizes)
-    if len(cache.get(key, ())) != len(Resources._fields):
+    if key not in cache:
         cache[key] = list(_compile(entry, sizes))
     return Resources(*cache[key])
 
 
 def is_compiled(entry: Entry) -> bool:
     """Whether :func:`compiled` finds the entry in the cache."""
-    return len(_cache().get(_key(entry, launch_of(entry)), ())) == len(Resources._fields)
+    return _key(entry, launch_of(entry)) in _cache()
 
 
 def _key(entry: Entry, sizes: launches.Launch) -> str:
-    return _hash(triton.__version__, *_compiled_from(entry, sizes))
+    return _hash(triton.__version__, Resources._fields, *_compiled_from(entry, sizes))
 
 
 def _compiled_from(entry: Entry, sizes: launches.Launch) -> tuple[Any, ...]:

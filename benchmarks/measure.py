@@ -59,6 +59,13 @@ def resident_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def restarted_peak() -> int:
+    """Resident bytes now; VmHWM counts from here."""
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    return before
+
+
 def peak_of(case: Case, provider: str, pace: Pace) -> Peak:
     """Memory of one call above its inputs and gradients, then its errors."""
     torch.set_num_threads(pace.threads)
@@ -75,8 +82,7 @@ def peak_of(case: Case, provider: str, pace: Pace) -> Peak:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        before = resident_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = restarted_peak()
     start = time.perf_counter()
     kept = call()
     wait_for(case.device)

@@ -178,7 +178,7 @@ def rank_of(
     import torch.distributed as dist
 
     import fastcontrast
-    from benchmarks.measure import resident_bytes
+    from benchmarks.measure import resident_bytes, restarted_peak
     from fastcontrast.distributed import Ranks
 
     torch.set_num_threads(1)
@@ -207,8 +207,7 @@ def rank_of(
     if what == "memory":
         step()  # libraries are loaded, and gradients there to be added to
         dist.barrier()
-        before = resident_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = restarted_peak()
         step()
         found["bytes"] = max(resident_bytes("VmHWM") - before, 0)
     else:

@@ -17,6 +17,7 @@ Numerics: as there. Weights of near pairs are 0 in the products; the pass leaves
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 import triton
@@ -307,7 +308,7 @@ def product(a: Tensor, b: Tensor, kind: str) -> Tensor:
     if a.is_cuda and a.dtype == b.dtype != wanted and _HAS_OUT_DTYPE:
         return torch.mm(a, b, out_dtype=wanted)
     # bfloat16 and float16 numbers are exact in TF32, and so are those rounded to it.
-    with float32_products("ieee" if kind == "ieee" or not a.is_cuda else "tf32", cuda=a.is_cuda):
+    with _products_like(a, kind):
         return a.to(wanted) @ b.to(wanted)
 
 
@@ -316,8 +317,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, kind: str) -> None:
     if a.is_cuda and a.dtype == b.dtype != total.dtype and _HAS_OUT_DTYPE:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         return
-    with float32_products("ieee" if kind == "ieee" or not a.is_cuda else "tf32", cuda=a.is_cuda):
+    with _products_like(a, kind):
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _products_like(a: Tensor, kind: str) -> AbstractContextManager[None]:
+    """How torch is to multiply operands that were widened to float32."""
+    return float32_products("ieee" if kind == "ieee" or not a.is_cuda else "tf32", cuda=a.is_cuda)
 
 
 _HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
