@@ -183,11 +183,19 @@ class _GradientsInForward(EagerFunction):
 
             found = score_gradients(loss, x, y, scores, [grad], needs)
             return (*found, *[None] * 6)
-        # Scaled before they are rounded to a half input's dtype: a loss scaler relies on it.
-        result = []
-        for value, d, need in zip((x, y, scale), gradients, needs, strict=True):
-            scaled = grad * d if need else None
-            if scaled is not None and (value.dtype, value.device) != (scaled.dtype, scaled.device):
-                scaled = scaled.to(device=value.device, dtype=value.dtype)
-            result.append(scaled)
+        result = [
+            _scaled(grad, d, value) if need else None
+            for value, d, need in zip((x, y, scale), gradients, needs, strict=True)
+        ]
         return (*result, *[None] * 6)
+
+
+def _scaled(factor: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+    """Times a number, then in the dtype and on the device of ``value``.
+
+    Scaled before it is rounded to a half dtype: a loss scaler relies on it. A GPU does both in one
+    pass, without a float32 tensor in between.
+    """
+    if gradient.dtype == value.dtype or gradient.device != value.device:
+        return (factor * gradient).to(device=value.device, dtype=value.dtype)
+    return torch.mul(factor, gradient, out=torch.empty_like(gradient, dtype=value.dtype))
