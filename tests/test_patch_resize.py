@@ -168,8 +168,8 @@ def test_fill_is_normalised_per_channel(backend: str) -> None:
 @on_every_backend("extract_patches")
 def test_gradcheck_of_resized_patches(backend: str, options: dict[str, Any]) -> None:
     options = dict(options)
-    images = torch.randn(2, 2, 6, 7, dtype=torch.float64, requires_grad=True)
-    coords, flips = boxes_of_any_size(2, 3, 6, 7, seed=4)
+    images = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    coords, flips = boxes_of_any_size(2, 3, 4, 5, seed=4)
     if "index" in options:
         options["index"] = torch.tensor(options["index"])
         coords, flips = coords[[0, 1, 0]], flips[[0, 1, 0]]
@@ -180,7 +180,7 @@ def test_gradcheck_of_resized_patches(backend: str, options: dict[str, Any]) -> 
         return extract_patches(x, coords, (4, 3), flips=flips, backend=backend, **options)
 
     assert torch.autograd.gradcheck(cut, images)
-    assert torch.autograd.gradgradcheck(cut, images)
+    assert torch.autograd.gradgradcheck(cut, images, fast_mode=True)  # linear: nearly nothing new
 
 
 @on_every_backend("extract_patches")
