@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 
 from benchmarks import patch_kernels
 from benchmarks.triton_launches import (
+    BOTH_GRADIENTS,
     GIVEN_KINDS,
     KERNELS,
     METRICS,
@@ -86,6 +87,7 @@ def subset() -> list[Entry]:
         if (arch, kernel, kind, 128) in SIZES
     ]
     found.append(Entry(90, "statistics", "bfloat16", 256, "dot", many=True))
+    found.append(Entry(90, "gradients", "bf16x3", 128, "dot"))
     found += [
         Entry(arch, kernel, kind, 128, "l2", many=True)
         for arch, kernel in itertools.product(launches.ARCHITECTURES, TRIPLETS)
@@ -277,7 +279,9 @@ def name_of(entry: Entry) -> str:
     """The kernel of an entry in the document."""
     if entry.kernel in patch_kernels.KERNELS:
         return f"{entry.kernel}, {entry.metric}"
-    side = (" of rows" if entry.rows else " of columns") if entry.kernel == "gradients" else ""
+    side = ""
+    if entry.kernel in ("gradients", BOTH_GRADIENTS):
+        side = " of rows" if entry.rows else " of columns"
     metric = f", {entry.metric}" if has_own_sizes(entry) else ""
     return entry.kernel + side + (", all options" if entry.many else "") + metric
 
@@ -286,7 +290,11 @@ def has_own_sizes(entry: Entry) -> bool:
     """Whether the launch table has other sizes for the entry's metric than for l2."""
     if entry.metric not in METRICS:
         return False
-    return launch_of(entry) != launch_of(entry._replace(metric="l2"))
+    try:
+        usual = launch_of(entry._replace(metric="l2"))
+    except KeyError:  # which has none
+        return True
+    return launch_of(entry) != usual
 
 
 def problem(entry: Entry, resources: Resources) -> str | None:

@@ -9,6 +9,7 @@ that no GPU is needed. Counted is the way through the loop on which no pair is n
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -23,7 +24,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import patch_kernels
-from benchmarks.triton_launches import BOTH_SIDES, METRICS, Entry, arguments, function_of, launch_of
+from benchmarks.triton_launches import (
+    BOTH_GRADIENTS,
+    BOTH_SIDES,
+    METRICS,
+    Entry,
+    arguments,
+    function_of,
+    launch_of,
+)
 from fastcontrast.backends.triton.launch_table import SIZES
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -91,7 +100,7 @@ def _code(text: str) -> tuple[list[str], dict[str, int]]:
 
 
 def _way(text: str) -> list[str]:
-    """Instructions of the loop with the products, branches ahead taken: they skip what is rare."""
+    """Instructions of the loop with the products where nothing rare happens."""
     code, places = _code(text)
 
     def target(at: int) -> int | None:
@@ -106,15 +115,28 @@ def _way(text: str) -> list[str]:
     begin, end = min(loops)
     if any(begin < inner for inner, _ in loops):
         raise ValueError("the products are in a loop of their own, as often as dimensions want it")
-    way, at = [], begin
-    while True:
-        way.append(code[at])
+    # The shortest way from there to the branch back: what is rare lies beside it.
+    lengths: dict[int, tuple[int, int | None]] = {}  # to the end, and where it goes on
+    for at in range(end, begin - 1, -1):
         to = target(at)
         if to == begin:
-            return way
-        skips = to is not None and at < to <= end and ".DIV" not in code[at]
-        always = to is not None and not code[at].startswith("@") and ".DIV" not in code[at]
-        at = to if to is not None and (skips or always) else at + 1
+            lengths[at] = (1, None)
+            continue
+        diverges = ".DIV" in code[at]  # where threads part, which they do not
+        always = to is not None and not diverges and not code[at].startswith("@")
+        follows = [] if always else [at + 1]
+        if to is not None and to > at and not diverges:
+            follows.append(to)
+        found = [(lengths[place][0] + 1, place) for place in follows if place in lengths]
+        if found:
+            lengths[at] = min(found)
+    way, at = [], begin
+    while at is not None:
+        way.append(code[at])
+        at = lengths[at][1]
+    if not any(PRODUCT.search(text) for text in way):
+        raise ValueError("the shortest way through the loop has no products")
+    return way
 
 
 def entries() -> Iterator[Entry]:
@@ -124,18 +146,25 @@ def entries() -> Iterator[Entry]:
             yield Entry(arch, "statistics", "bfloat16", 128, metric)
             yield Entry(arch, BOTH_SIDES, "bfloat16", 128, metric)
             if (arch, "gradients", "bfloat16", 128) in SIZES:
-                yield Entry(arch, "gradients", "bfloat16", 128, metric, rows=True)
-                yield Entry(arch, "gradients", "bfloat16", 128, metric, rows=False)
+                for kernel, rows in itertools.product(("gradients", BOTH_GRADIENTS), (True, False)):
+                    yield Entry(arch, kernel, "bfloat16", 128, metric, rows=rows)
     for kernel in ("patches cut", "patches drawn and cut", "patches gathered"):
         yield Entry(90, kernel, "ieee", 32, "plain")
+
+
+def name_of(entry: Entry) -> str:
+    """As the models name the launch."""
+    if entry.kernel not in ("gradients", BOTH_GRADIENTS):
+        return entry.kernel
+    side = "rows" if entry.rows else "columns"
+    return f"gradients of {side}" + (", symmetric" if entry.kernel == BOTH_GRADIENTS else "")
 
 
 def main() -> None:
     """Print the table."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     for entry in entries():
-        side = "" if entry.kernel != "gradients" else ("rows" if entry.rows else "columns")
-        name = f"{entry.kernel} of {side}" if side else entry.kernel
+        name = name_of(entry)
         numbers = ", ".join(f"{n:.1f}" for n in loop_of(entry).per_score())
         print(f'    ({entry.architecture}, "{name}", "{entry.metric}"): ({numbers}),')
 

@@ -20,25 +20,25 @@ from fastcontrast.backends.triton.launch import is_fused, launch, padded_dimensi
 OPERAND_BYTES = {"ieee": 4, "tf32": 4, "bf16x3": 4, "bfloat16": 2, "float16": 2}
 GIVEN_BYTES = {"ieee": 4, "tf32": 4, "bf16x3": 4, "bfloat16": 2, "float16": 2}
 # Products of two points in units of one in bfloat16 (tiles.products: tf32 has half the rate, bf16x3
-# four products); of a weight and a point (tiles.weighted_rows). "ieee" has none, but lanes.
+# four products, without norms three); of a weight and a point (tiles.weighted_rows). "ieee" has
+# none, but lanes.
 SCORE_PRODUCTS = {"tf32": 2, "bf16x3": 4, "bfloat16": 1, "float16": 1, "ieee": 0}
 WEIGHT_PRODUCTS = {"tf32": 2, "bf16x3": 3, "bfloat16": 1, "float16": 2, "ieee": 0}
-# Of a score: (floats, integers and comparisons, special). tiles.scores_of with the Gram identity:
-# sum, product and sum in one, factor; the clamp; sqrt.
-SCORE = {"l2": (3, 1, 1), "sqeuclidean": (3, 1, 0), "dot": (1, 0, 0)}
-# row_statistics.py: less the maximum, exp2 times it and its sum, the other sum; compared with the
-# excluded column and chosen, maximum, FLOOR; exp2. For "dot" +inf is looked for.
-STATISTICS = {"l2": (3, 4, 1), "sqeuclidean": (3, 4, 1), "dot": (3, 6, 1)}
-# COLUMNS of it: less the maximum, sum; rows that are there, maximum over them; exp2.
-OF_COLUMNS = {"l2": (2, 2, 1), "sqeuclidean": (2, 2, 1), "dot": (2, 4, 1)}
-# point_gradients.py, "l2": distance by its inverse (sum, product and sum in one, two factors,
-# clamp; rsqrt); tiles.score_gradient: log p in two parts, times the gradient; exp2;
-# tiles.pair_weight: two factors; tiles.weighted_rows: two sums, rounding (a conversion) and back (a
-# shift of integers); excluded columns compared and chosen; maximum of the near test. "dot" needs
-# neither the sums nor what was rounded, and rounds two to an instruction.
-GRADIENTS = {"l2": (11, 5, 3), "sqeuclidean": (9, 5, 2), "dot": (5, 3, 1)}
-# HAS_COLUMNS: log p of the column in two parts, added times its gradient; exp2.
-OTHER_DIRECTION = (3, 0, 1)
+# Of a score: (floats, integers and comparisons, special). The Gram identity: sum, product and sum
+# in one; the clamp; sqrt. (Masks and near pairs are for few tiles.)
+SCORE = {"l2": (2, 1, 1), "sqeuclidean": (2, 1, 0), "dot": (0, 0, 0)}
+# row_statistics.py: times the slope less the maximum in one, exp2 times it and its sum in one, the
+# other sum; best of the row, FLOOR; exp2. For "dot" +inf is looked for.
+STATISTICS = {"l2": (3, 2, 1), "sqeuclidean": (3, 2, 1), "dot": (3, 4, 1)}
+# COLUMNS of it: the score, less the maximum, sum; rows that are there, maximum over them; exp2.
+OF_COLUMNS = {"l2": (3, 2, 1), "sqeuclidean": (3, 2, 1), "dot": (3, 4, 1)}
+# point_gradients.py, "l2": distance by its inverse (sum, product and sum in one, a factor, clamp;
+# rsqrt); tiles.score_gradient: log p in one, times the gradient; exp2; tiles.pair_weight: a factor;
+# tiles.weighted_rows: two sums, bits cut off, two packed by an instruction; best of the near test.
+# "dot" needs neither the sums nor what was rounded.
+GRADIENTS = {"l2": (8, 3.5, 2), "sqeuclidean": (6, 3.5, 1), "dot": (2, 0.5, 1)}
+# HAS_COLUMNS: log p of the column in one, times its gradient and added in one; exp2.
+OTHER_DIRECTION = (2, 0, 1)
 # Sums of a row go on in float64 once a tile: (operations, conversions). row_statistics.py: weighted
 # and mass, each scaled and added to; four conversions. point_gradients.py: two sums.
 STATISTICS_ROW, GRADIENTS_ROW = (3, 4), (2, 2)
@@ -52,30 +52,42 @@ WITH_GROUPS = (9, 0)
 # those for integers and comparisons, floats, special functions and conversions between types.
 # Printed by `python -m benchmarks.compiled_loops`.
 COMPILED: dict[tuple[int, str, str], tuple[float, float, float, float]] = {
-    (80, "statistics", "l2"): (24.8, 8.5, 8.1, 3.2),
-    (80, "statistics of both sides", "l2"): (53.1, 17.5, 14.4, 4.7),
-    (80, "gradients of rows", "l2"): (45.8, 11.2, 15.0, 3.8),
-    (80, "gradients of columns", "l2"): (52.4, 15.1, 16.6, 3.8),
-    (80, "statistics", "sqeuclidean"): (23.8, 8.5, 8.1, 2.2),
-    (80, "statistics of both sides", "sqeuclidean"): (52.4, 17.7, 15.0, 3.6),
-    (80, "gradients of rows", "sqeuclidean"): (42.5, 11.1, 13.1, 2.5),
-    (80, "gradients of columns", "sqeuclidean"): (49.1, 15.2, 14.6, 2.5),
-    (80, "statistics", "dot"): (22.4, 9.8, 5.5, 1.6),
-    (80, "statistics of both sides", "dot"): (41.4, 17.0, 9.9, 3.2),
-    (80, "gradients of rows", "dot"): (22.8, 6.1, 6.6, 1.0),
-    (80, "gradients of columns", "dot"): (30.1, 11.0, 7.4, 1.0),
-    (90, "statistics", "l2"): (27.1, 11.3, 9.5, 3.2),
-    (90, "statistics of both sides", "l2"): (56.1, 19.4, 14.7, 4.8),
-    (90, "gradients of rows", "l2"): (35.7, 9.4, 13.5, 3.4),
-    (90, "gradients of columns", "l2"): (42.3, 13.6, 13.2, 3.4),
-    (90, "statistics", "sqeuclidean"): (24.2, 10.1, 8.7, 2.2),
-    (90, "statistics of both sides", "sqeuclidean"): (55.0, 19.4, 14.7, 3.6),
-    (90, "gradients of rows", "sqeuclidean"): (32.6, 9.4, 11.6, 2.2),
-    (90, "gradients of columns", "sqeuclidean"): (39.2, 13.6, 12.1, 2.2),
-    (90, "statistics", "dot"): (16.7, 8.8, 5.3, 1.2),
-    (90, "statistics of both sides", "dot"): (44.5, 18.0, 10.4, 2.6),
-    (90, "gradients of rows", "dot"): (18.0, 5.3, 5.1, 1.0),
-    (90, "gradients of columns", "dot"): (24.9, 10.0, 6.3, 1.0),
+    (80, "statistics", "l2"): (21.2, 5.7, 6.8, 2.6),
+    (80, "statistics of both sides", "l2"): (41.4, 11.8, 12.6, 4.3),
+    (80, "gradients of rows", "l2"): (39.0, 6.8, 12.8, 2.8),
+    (80, "gradients of columns", "l2"): (38.2, 7.8, 11.8, 2.8),
+    (80, "gradients of rows, symmetric", "l2"): (43.8, 7.1, 14.6, 3.8),
+    (80, "gradients of columns, symmetric", "l2"): (43.6, 7.4, 13.8, 3.8),
+    (80, "statistics", "sqeuclidean"): (20.4, 5.8, 7.0, 1.6),
+    (80, "statistics of both sides", "sqeuclidean"): (40.6, 11.9, 12.9, 3.2),
+    (80, "gradients of rows", "sqeuclidean"): (56.4, 10.9, 17.9, 5.5),
+    (80, "gradients of columns", "sqeuclidean"): (34.8, 7.8, 9.8, 1.5),
+    (80, "gradients of rows, symmetric", "sqeuclidean"): (40.2, 7.0, 12.8, 2.5),
+    (80, "gradients of columns, symmetric", "sqeuclidean"): (40.1, 7.4, 11.9, 2.5),
+    (80, "statistics", "dot"): (18.5, 6.5, 4.8, 1.6),
+    (80, "statistics of both sides", "dot"): (40.0, 14.9, 10.2, 3.2),
+    (80, "gradients of rows", "dot"): (13.9, 1.8, 2.6, 1.0),
+    (80, "gradients of columns", "dot"): (14.6, 1.8, 2.7, 1.0),
+    (80, "gradients of rows, symmetric", "dot"): (20.9, 2.4, 5.1, 2.0),
+    (80, "gradients of columns, symmetric", "dot"): (20.9, 2.1, 5.2, 2.0),
+    (90, "statistics", "l2"): (16.5, 5.3, 6.7, 2.2),
+    (90, "statistics of both sides", "l2"): (37.4, 11.9, 12.6, 3.2),
+    (90, "gradients of rows", "l2"): (23.2, 6.1, 9.0, 2.2),
+    (90, "gradients of columns", "l2"): (24.8, 5.5, 9.4, 2.2),
+    (90, "gradients of rows, symmetric", "l2"): (32.5, 5.4, 11.4, 3.4),
+    (90, "gradients of columns, symmetric", "l2"): (32.5, 6.2, 11.4, 3.4),
+    (90, "statistics", "sqeuclidean"): (15.5, 5.3, 6.7, 1.2),
+    (90, "statistics of both sides", "sqeuclidean"): (36.4, 11.9, 12.6, 2.2),
+    (90, "gradients of rows", "sqeuclidean"): (18.8, 5.1, 6.7, 1.1),
+    (90, "gradients of columns", "sqeuclidean"): (21.3, 5.8, 7.1, 1.1),
+    (90, "gradients of rows, symmetric", "sqeuclidean"): (29.1, 6.2, 9.4, 2.2),
+    (90, "gradients of columns, symmetric", "sqeuclidean"): (29.4, 6.2, 9.5, 2.2),
+    (90, "statistics", "dot"): (12.0, 5.3, 3.9, 1.2),
+    (90, "statistics of both sides", "dot"): (34.7, 14.2, 9.3, 2.2),
+    (90, "gradients of rows", "dot"): (8.5, 1.4, 2.2, 1.0),
+    (90, "gradients of columns", "dot"): (10.7, 1.7, 2.3, 1.0),
+    (90, "gradients of rows, symmetric", "dot"): (16.5, 2.3, 4.6, 2.0),
+    (90, "gradients of columns, symmetric", "dot"): (16.8, 2.2, 4.7, 2.0),
 }
 
 
@@ -99,6 +111,11 @@ class Shape(NamedTuple):
     def exchanged(self) -> Shape:
         """Rows for columns."""
         return self._replace(m=self.n, n=self.m)
+
+
+def score_products(shape: Shape) -> int:
+    """Of two points."""
+    return 3 if (shape.kind, shape.metric) == ("bf16x3", "dot") else SCORE_PRODUCTS[shape.kind]
 
 
 def units(shares: tuple[float, ...], scores: float) -> Counts:
@@ -154,7 +171,7 @@ def _tiles(
     scores, width = float(shape.m) * shape.n, padded_dimension(shape.dim)
     programs = math.ceil(shape.m / sizes.block)
     tiles = programs * math.ceil(shape.n / sizes.other)
-    products = SCORE_PRODUCTS[shape.kind] + (WEIGHT_PRODUCTS[shape.kind] if weights else 0)
+    products = score_products(shape) + (WEIGHT_PRODUCTS[shape.kind] if weights else 0)
     size = OPERAND_BYTES[shape.kind]
     counts = Counts(
         matrix=products * scores * width,
@@ -175,7 +192,9 @@ def architecture(device: Device) -> int:
 
 
 def _sizes(kernel: str, shape: Shape, device: Device, *, both: bool) -> Sizes:
-    return launch(kernel, shape.kind, shape.dim, device.capability, metric=shape.metric, many=both)
+    return launch(
+        kernel, shape.kind, shape.dim, device.capability, metric=shape.metric, symmetric=both
+    )
 
 
 def statistics(shape: Shape, device: Device, *, both: bool = False) -> Launch:
@@ -201,16 +220,13 @@ def gradients(shape: Shape, device: Device, *, rows: bool, both: bool = False) -
     scores, size = float(shape.m) * shape.n, GIVEN_BYTES[shape.kind]
     counts = _tiles(own, sizes, device, True, GRADIENTS_ROW if shape.metric != "dot" else (0, 0))
     counts = counts + units(GRADIENTS[shape.metric], scores)
-    # Points, the table of rows [6, M]; the gradient is zeroed, read and written.
-    moved = size * shape.dim * (own.m + own.n) + 24 * shape.m + 12 * own.m * shape.dim
+    # Points, the table of rows [5, M]; the gradient is zeroed, read and written.
+    moved = size * shape.dim * (own.m + own.n) + 20 * shape.m + 12 * own.m * shape.dim
     counts = counts + {"memory": moved}
     name = f"gradients of {'rows' if rows else 'columns'}"
-    made = compiled(architecture(device), name, shape)
     if both:
         counts = counts + units(OTHER_DIRECTION, scores)
-        # Of the loop with it nothing is known but what the source adds.
-        extra = units(OTHER_DIRECTION, scores)
-        made = made and made + extra + {"slots": sum(OTHER_DIRECTION) * scores}
+    made = compiled(architecture(device), name + (", symmetric" if both else ""), shape)
     return Launch(name, counts, more_of(counts, made))
 
 
@@ -227,12 +243,17 @@ def around(shape: Shape, cosine: bool) -> Launch:
     return Launch("norms, positives, sums", Counts(memory=moved))
 
 
-def gemm(name: str, m: float, n: float, k: float, kind: str, moved: Counts) -> Launch:
-    """PyTorch's product of [m, k] and [k, n] at the peak of its unit; ``moved``: its bytes."""
-    products = m * n * k
-    if kind == "ieee":
-        return Launch(name, Counts(floats=products) + moved)
-    return Launch(name, Counts(matrix=SCORE_PRODUCTS[kind] * products) + moved)
+def gemm(name: str, products: float, times: int, moved: Counts) -> Launch:
+    """PyTorch's GEMMs at the peak of their unit.
+
+    Args:
+        name: Of the launch.
+        products: Multiplications of one.
+        times: Products of bfloat16 that one is; 0 for lanes.
+        moved: Bytes.
+    """
+    unit = Counts(matrix=times * products) if times else Counts(floats=products)
+    return Launch(name, unit + moved)
 
 
 def wide_step(n: int) -> int:
@@ -252,7 +273,8 @@ def wide_scores(shape: Shape, device: Device) -> Launch:
     blocks, size = math.ceil(shape.m / wide_step(shape.n)), OPERAND_BYTES[shape.kind]
     read = Counts(memory=size * shape.dim * (shape.m + blocks * float(shape.n)))
     written = _of_block(shape, device, 4)(4)
-    return gemm("scores by GEMM", shape.m, shape.n, shape.dim, shape.kind, read + written)
+    products = float(shape.m) * shape.n * shape.dim
+    return gemm("scores by GEMM", products, score_products(shape), read + written)
 
 
 def wide_statistics(shape: Shape, device: Device) -> list[Launch]:
@@ -270,7 +292,7 @@ def wide_gradients(shape: Shape, device: Device, *, both: bool = False) -> list[
     half = 2 if shape.kind in ("bfloat16", "bf16x3") else 4
     parts = 2 if shape.kind == "bf16x3" else 1
     of_block = _of_block(shape, device, 4)
-    # As GRADIENTS, and for "l2" sqrt beside rsqrt (scores_of and inverse_distance).
+    # As GRADIENTS, and for "l2" sqrt beside rsqrt.
     counts = units(GRADIENTS[shape.metric], scores) + of_block(4 + half * parts)
     counts = counts + units((0, 0, 1 if shape.metric == "l2" else 0), scores)
     if both:
@@ -283,11 +305,11 @@ def wide_gradients(shape: Shape, device: Device, *, both: bool = False) -> list[
     of_columns = weights + {"memory": y * blocks * 2 + size / 4 * x}
     # part.sum(0, dtype=float64) widens every weight.
     sums = weights + {"conversions": parts * scores, "doubles": parts * scores}
-    m, n, d = shape.m, shape.n, shape.dim
+    products, times = scores * shape.dim, WEIGHT_PRODUCTS[shape.kind]
     return [
         Launch("weights of scores", counts),
-        gemm("gradient of rows by GEMM", m, d, n, shape.kind, of_rows),
-        gemm("gradient of columns by GEMM", n, d, m, shape.kind, of_columns),
+        gemm("gradient of rows by GEMM", products, times, of_rows),
+        gemm("gradient of columns by GEMM", products, times, of_columns),
         Launch("sums of columns", sums),
     ]
 
@@ -297,7 +319,7 @@ def loss(
 ) -> list[Launch]:
     """Launches of `softmax_loss` with both gradients, positives on the diagonal."""
     fused = {
-        kernel: is_fused(kernel, shape.kind, shape.dim, device.capability)
+        kernel: is_fused(kernel, shape.kind, shape.dim, device.capability, shape.metric)
         for kernel in ("statistics", "gradients")
     }
     found = [around(shape, cosine)]
@@ -331,14 +353,14 @@ FORWARD_ROW, BACKWARD_ROW = 112, 12
 def peak_bytes(m: int, n: int, dim: int, half: bool) -> int:
     """Memory of a one-sided fused loss on distances above inputs and gradients, at its peak.
 
-    Of half points in the backward pass: both gradients in float32, kept from the forward pass
-    (ops/softmax_loss.py), the one scaled and rounded, the other scaled in float32 beside what it is
-    rounded to. Of float32 points in the forward pass, beside both sides centred (operands.py); with
-    as much in the backward pass, beside both scaled. Gradients are added to those that exist.
+    Of half points in the backward pass: both gradients in float32, kept from the forward pass, and
+    both scaled and rounded (ops/softmax_loss.py). Of float32 points in the forward pass, beside
+    both sides centred (operands.py); with as much in the backward pass, beside both scaled.
+    Gradients are added to those that exist.
     """
     kept = 4 * (m + n) * dim
     if half:
-        return kept + 2 * m * dim + (4 + 2) * n * dim + BACKWARD_ROW * m
+        return kept + 2 * (m + n) * dim + BACKWARD_ROW * m
     return 2 * kept + FORWARD_ROW * m
 
 

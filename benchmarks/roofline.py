@@ -77,8 +77,8 @@ def losses() -> Iterator[Job]:
     near, wide = (0.40, 0.55, 0.70), (0.50, 0.65, 0.80)
     for dim in (64, 128, 256):
         yield loss_job("l2", dim, near if dim == 128 else ())
-    for metric in ("sqeuclidean", "dot"):
-        yield loss_job(metric, 128)
+    for metric, dim in (("sqeuclidean", 128), ("dot", 128), ("cosine", 128), ("dot", 256)):
+        yield loss_job(metric, dim)
     for metric in ("sqeuclidean", "dot", "cosine"):
         yield loss_job(metric, 512, wide)
     for metric in ("l2", "dot"):
@@ -249,6 +249,7 @@ def launches_text(jobs: list[Job]) -> str:
 def page() -> str:
     """Text of docs/roofline.md."""
     loop = {name: pair_model.COMPILED[90, name, "l2"][0] for name in LOOPS}
+    issue = 1e3 * sum(loop.values()) * POINTS**2 / DEVICES[0].rate("slots")
     search = search_time(DEVICES[0], POINTS**2 * 128.0)
     return f"""# The limit, by the model
 
@@ -279,25 +280,24 @@ What it says:
 * **l2, D = 128, H200**: the instructions of the loops bind, not the products. A score costs
   {loop["statistics"]:.0f} instructions in the statistics, {loop["gradients of rows"]:.0f} in the \
 gradients of the rows and {loop["gradients of columns"]:.0f} in those of the columns,
-  and a multiprocessor issues 128 a clock, in which it could multiply 16 pairs of points. In the
-  statistics exp2 is taken twice and the tile of scores goes through shared memory: what leaves the
-  branch of near pairs has another layout.
-* **D = 256**: no size of the gradients compiles without spilling, and they go the wide way.
+  and a multiprocessor issues 128 a clock, in which it could multiply 16 pairs of points. By their
+  issue alone, overlapped with the products, the loss would take {issue:.2f} ms.
+* **D = 256**: no size of the gradients of distances compiles without spilling, and they go the
+  wide way.
 * **Wide** (D = 512): 6MND, as a block's statistics, weights and gradients follow one another.
   Blocks of {4 * pair_model.wide.BLOCK_SCORES >> 20} MiB outgrow the L2 cache: scores cross the \
 memory three times, weights
   four times, and the gradient of all columns twice for every block.
 * **cosine** of half points: they are normalised in float32 and multiplied as two bfloat16 terms,
-  three or four products for one.
+  three products for one.
 * **A100**: with tiles of 16 columns, operands of products are read from shared memory for longer
   than they are multiplied.
 * **RTX 4090**: with such tiles, sums that go on in float64 take a quarter of the products' time.
 
 ## Symmetric losses
 
-The goal is 1.2 of one direction. On an H200 both statistics from the same tiles take as long, as
-compiled, as two launches, and longer for "dot": sums over the rows of a tile of 32 columns go
-through shared memory.
+The goal is 1.2 of one direction. Sums over the rows of a tile go through shared memory: on an
+H200 both statistics from the same tiles take about as long, as compiled, as two launches.
 
 {symmetric_table()}
 

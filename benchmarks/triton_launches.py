@@ -14,13 +14,18 @@ import triton.language as tl
 
 from benchmarks import patch_kernels
 from fastcontrast.backends.triton import launch as launches
-from fastcontrast.backends.triton import operands, pairs, wide
+from fastcontrast.backends.triton import operands, pairs, row_table, wide
 from fastcontrast.backends.triton.distance_softmax import MERGE_BLOCK
 from fastcontrast.backends.triton.launch import Launch
-from fastcontrast.backends.triton.launch_table import SIZES
+from fastcontrast.backends.triton.launch_table import SIZES, SIZES_OF_METRIC
 from fastcontrast.backends.triton.nearest import nearest_kernel
 from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
-from fastcontrast.backends.triton.row_statistics import merge_splits_kernel, row_statistics_kernel
+from fastcontrast.backends.triton.row_statistics import (
+    PAIR_PART,
+    merge_splits_kernel,
+    row_statistics_kernel,
+)
+from fastcontrast.backends.triton.row_table import row_table_kernel
 from fastcontrast.backends.triton.triplet_distances import (
     WARPS,
     forward_warps,
@@ -32,8 +37,9 @@ from fastcontrast.backends.triton.triplet_distances import (
 METRICS = ("l2", "sqeuclidean", "dot")
 # Kinds whose points are of different dtypes, as kernels without products see them.
 GIVEN_KINDS = ("float64", "ieee", "bfloat16", "float16")
-# Statistics of rows and columns from the same tiles, for symmetric losses.
+# Of symmetric losses: statistics of rows and columns from the same tiles, and gradients.
 BOTH_SIDES = "statistics of both sides"
+BOTH_GRADIENTS = "gradients of both directions"
 TRIPLETS = ("triplets forward", "triplets backward")
 TRIPLET_DIMS = (32, 128, 1024)
 PATCH_KINDS = ("float64", "ieee", "bfloat16")
@@ -87,7 +93,9 @@ class Kernel(NamedTuple):
 def every_entry() -> Iterator[Entry]:
     """All that can be launched."""
     both, architectures = (False, True), launches.ARCHITECTURES
-    for (arch, kernel, kind, dim), metric, many in itertools.product(SIZES, METRICS, both):
+    keys = [(*key, metric) for key in SIZES for metric in METRICS]
+    keys += [key for key in SIZES_OF_METRIC if key[:4] not in SIZES]
+    for (arch, kernel, kind, dim, metric), many in itertools.product(keys, both):
         if kernel == "nearest":  # nor do its kernels know l2 from sqeuclidean
             if metric != "sqeuclidean":
                 yield Entry(arch, "nearest limits", kind, dim, metric, many=many)
@@ -98,6 +106,8 @@ def every_entry() -> Iterator[Entry]:
             yield Entry(arch, BOTH_SIDES, kind, dim, metric)
         if kernel == "gradients":
             yield Entry(arch, kernel, kind, dim, metric, False, many)
+            yield Entry(arch, BOTH_GRADIENTS, kind, dim, metric, True, many)
+            yield Entry(arch, BOTH_GRADIENTS, kind, dim, metric, False, many)
     for arch in architectures:
         for kind, metric, many in itertools.product(launches.KINDS, METRICS, both):
             yield Entry(arch, "wide statistics", kind, 0, metric, many=many)
@@ -111,6 +121,7 @@ def every_entry() -> Iterator[Entry]:
                 yield Entry(arch, "pair values", kind, 0, metric, many=many)
         for kind, many in itertools.product(("float64", "ieee"), both):
             yield Entry(arch, "merge of splits", kind, 0, "l2", many=many)
+            yield Entry(arch, "row table", kind, 0, "l2", many=many)
         for kernel, kind, dim, metric, many in itertools.product(
             TRIPLETS, GIVEN_KINDS, TRIPLET_DIMS, METRICS[:2], both
         ):
@@ -150,10 +161,10 @@ def launch_of(entry: Entry) -> Launch:
         sizes = launches.wide_launch(kernel, entry.kind, capability)
         return sizes if kernel == "statistics" else sizes._replace(stages=3)  # Triton's own
     kernel = entry.kernel.split(" ")[0]
-    many = entry.many or entry.kernel == BOTH_SIDES
     return launches.launch(
-        kernel, entry.kind, entry.dim, capability, metric=entry.metric, many=many
-    )
+        kernel, entry.kind, entry.dim, capability, metric=entry.metric, many=entry.many,
+        symmetric=entry.kernel in (BOTH_SIDES, BOTH_GRADIENTS),
+    )  # fmt: skip
 
 
 def _acc(entry: Entry) -> Any:
@@ -185,17 +196,21 @@ def _statistics(entry: Entry, sizes: Launch) -> dict[str, Any]:
     return _products(entry, sizes) | {
         "SCORE_SUM": entry.many, "RANK": entry.many, "FROM_DOTS": entry.dim == 0,
         "COLUMNS": entry.kernel == BOTH_SIDES,
-        "BLOCK_M": sizes.block, "BLOCK_N": sizes.other,
+        "BLOCK_M": sizes.block, "BLOCK_N": sizes.other, "GROUP": operands.BLOCK,
+        "PAIR_PART": PAIR_PART,
     }  # fmt: skip
 
 
 def _gradients(entry: Entry, sizes: Launch) -> dict[str, Any]:
-    many = entry.many
-    return _products(entry, sizes) | {
-        "OWNS_ROWS": entry.rows, "HAS_ENTROPY": many, "HAS_SUM": False, "HAS_COLUMNS": many,
+    """With all options: those of the op, or of a symmetric loss, without ids and entropies."""
+    many, symmetric = entry.many, entry.kernel == BOTH_GRADIENTS
+    constants = _products(entry, sizes) | {
+        "OWNS_ROWS": entry.rows, "HAS_ENTROPY": many and not symmetric, "HAS_SUM": False,
+        "HAS_COLUMNS": symmetric,
         "PRODUCT": many, "ROUND": ROUNDING.get(entry.kind, "none"),
-        "BLOCK": sizes.block, "BLOCK_OTHER": sizes.other,
+        "BLOCK": sizes.block, "BLOCK_OTHER": sizes.other, "GROUP": operands.BLOCK,
     }  # fmt: skip
+    return constants | {"EXCLUDE": 1, "KEEP": 0} if symmetric else constants
 
 
 def _nearest(entry: Entry, sizes: Launch) -> dict[str, Any]:
@@ -209,6 +224,14 @@ def _nearest(entry: Entry, sizes: Launch) -> dict[str, Any]:
 
 def _merge(entry: Entry, sizes: Launch) -> dict[str, Any]:
     return {"SCORE_SUM": entry.many, "RANK": entry.many, "NUMBERS": 4, "BLOCK": sizes.block}
+
+
+def _row_table(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    many = entry.many
+    return {
+        "TIMES": 1.0, "HAS_LSE": True, "HAS_ENTROPY": many, "HAS_SUM": many,
+        "EXCLUDE": 2 if many else 1, "BLOCK": sizes.block,
+    }  # fmt: skip
 
 
 def _weights(entry: Entry, sizes: Launch) -> dict[str, Any]:
@@ -277,7 +300,7 @@ _GIVEN_STRIDES = tuple(
 _STATISTICS_TYPES = {
     "operand": ("x", "x_low", "y", "y_low"),
     "given": ("given_x", "given_y"),
-    "acc": ("x_sqnorm", "y_sqnorm", "scale", "threshold", "column_state"),
+    "acc": ("x_sqnorm", "y_sqnorm", "y_largest", "scale", "threshold", "column_state"),
     "i32": ("row_ids", "column_ids"),
     "i64": ("exclude", "counts"),
     "fp64": ("state",),
@@ -294,21 +317,30 @@ KERNELS = {
     **dict.fromkeys(
         ("statistics", BOTH_SIDES), Kernel(row_statistics_kernel, _statistics, _STATISTICS_TYPES)
     ),
-    "gradients": Kernel(point_gradients_kernel, _gradients, {
+    **dict.fromkeys(("gradients", BOTH_GRADIENTS), Kernel(point_gradients_kernel, _gradients, {
         "operand": ("own", "own_low", "other", "other_low"),
         "given": ("given_own", "given_other"),
-        "acc": ("own_sqnorm", "other_sqnorm", "scale", "table", "column_table", "grad"),
-        "i32": ("own_ids", "other_ids"),
-        "i64": ("exclude",),
+        "acc": (
+            "own_sqnorm", "other_sqnorm", "other_largest", "scale", "table", "column_table", "grad",
+        ),
+        "i32": ("own_ids", "other_ids", "left_out"),
         "fp64": ("product",),
         "int64": _GIVEN_STRIDES,
-    }),
+    })),
     **dict.fromkeys(("nearest limits", "nearest candidates"), Kernel(nearest_kernel, _nearest, {
         "operand": ("x", "y"),
         "acc": ("x_bound", "y_bound", "limit", "least"),
         "i32": ("row_ids", "column_ids", "columns", "count"),
         "i64": ("exclude",),
     })),
+    "row table": Kernel(row_table_kernel, _row_table, {
+        "acc": (
+            "lse", "lse_residual", "entropy", "grad_lse", "grad_entropy", "grad_sum", "scale",
+            "table",
+        ),
+        "i32": ("left_out",),
+        "i64": ("exclude",),
+    }),
     "merge of splits": Kernel(merge_splits_kernel, _merge, {
         "acc": ("lse", "lse_residual", "entropy", "score_sum"),
         "i64": ("counts", "column_count", "rank"),
@@ -346,7 +378,7 @@ KERNELS = {
         "int64": ("own_row", "own_column", "other_row", "other_column"),
     }),
     "points": Kernel(operands.prepare_points_kernel, _points, {
-        "operand": ("out", "out_low"), "given": ("points",), "acc": ("mean", "sqnorm"),
+        "operand": ("out", "out_low"), "given": ("points",), "acc": ("mean", "sqnorm", "largest"),
         "int64": ("row_stride", "column_stride"),
     }),
     "triplets forward": Kernel(triplet_forward_kernel, _triplets, _TRIPLET_TYPES),
@@ -355,6 +387,7 @@ KERNELS = {
 # Kernels without an entry in the launch table: (block, other) of the files they are in.
 OWN_SIZES = {
     "merge of splits": (MERGE_BLOCK, MERGE_BLOCK),
+    "row table": (row_table.BLOCK, row_table.BLOCK),
     "pair values": (pairs.BLOCK, pairs.CHUNK),
     "add pairs": (pairs.OWNERS, pairs.CHUNK),
     "points": (operands.BLOCK, operands.CHUNK),
@@ -362,6 +395,7 @@ OWN_SIZES = {
 # Sizes that a call makes multiples of 16, or usually finds to be such.
 ALIGNED = (
     "x_stride", "y_stride", "own_stride", "other_stride", "out_stride", "dim",
+    "table_stride", "column_table_stride",
     "a_row", "p_row", "n_row", *patch_kernels.ALIGNED,
 )  # fmt: skip
 

@@ -21,13 +21,14 @@ import torch
 import triton
 
 from benchmarks.ahead_of_time import compiled, problem
-from benchmarks.triton_launches import BOTH_SIDES, METRICS, Entry
+from benchmarks.triton_launches import BOTH_GRADIENTS, BOTH_SIDES, METRICS, Entry
 from fastcontrast import distance_softmax
 from fastcontrast.backends.triton import distance_softmax as entries
 from fastcontrast.backends.triton import launch as launches
 from fastcontrast.backends.triton import launch_table
 
 PATH = Path(launch_table.__file__)
+SYMMETRIC = {"statistics": BOTH_SIDES, "gradients": BOTH_GRADIENTS}
 DTYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADER = '''"""Sizes of every launch: read by launch.py, written by ``python -m benchmarks.tune``.
 
@@ -36,7 +37,8 @@ points of a tile, the same where a call has more to do (launch.Launch), columns 
 stages. MEASURED says which entries have been timed, where and when; the others are the largest that
 compile without spilling registers. What has no entry spills at every size, and goes to wide.py.
 "nearest" takes any dimension, those beyond the last class in parts. SIZES_OF_METRIC has the metrics
-for which the sizes of the others spill.
+for which the sizes of the others spill, TILES_OF_SYMMETRIC the points of a tile of a symmetric loss
+where more fit than with all options.
 """
 
 from __future__ import annotations
@@ -59,10 +61,8 @@ def candidates(kernel: str, kind: str) -> list[tuple[int, int, int, int]]:
 
 def fits(entry: Entry, sizes: launches.Launch, metrics: tuple[str, ...] = ("l2",)) -> bool:
     """Whether a launch compiles, spills nothing and leaves shared memory, for both owners."""
-    owners = (True, False) if entry.kernel == "gradients" else (True,)
+    owners = (True, False) if entry.kernel in ("gradients", BOTH_GRADIENTS) else (True,)
     wanted = [entry._replace(rows=r, metric=m) for r, m in itertools.product(owners, metrics)]
-    if entry.kernel == "statistics" and entry.many:  # they share their sizes
-        wanted += [e._replace(kernel=BOTH_SIDES, many=False) for e in wanted]
     for one in wanted:
         try:
             found = compiled(one, sizes)
@@ -72,6 +72,14 @@ def fits(entry: Entry, sizes: launches.Launch, metrics: tuple[str, ...] = ("l2",
         if problem(one, found):
             return False
     return True
+
+
+def largest_tile(entry: Entry, sizes: launches.Launch, most: int) -> int:
+    """Points of the largest tile that fits with every metric, ``most`` or a half of it; or 0."""
+    for tile in (most >> k for k in range(4) if most >> k >= 16):
+        if fits(entry, sizes._replace(other=tile), METRICS):
+            return tile
+    return 0
 
 
 def seconds(kernel: str, kind: str, dim: int, points: int, sizes: launches.Launch) -> float:
@@ -96,9 +104,12 @@ def seconds(kernel: str, kind: str, dim: int, points: int, sizes: launches.Launc
 
 Table = dict[tuple[int, str, str, int], tuple[int, ...]]
 OfMetric = dict[tuple[int, str, str, int, str], tuple[int, ...]]
+OfSymmetric = dict[tuple[int, str, str, int], int]
 
 
-def write(sizes: Table, of_metric: OfMetric, measured: dict[str, str]) -> None:
+def write(
+    sizes: Table, of_metric: OfMetric, of_symmetric: OfSymmetric, measured: dict[str, str]
+) -> None:
     """Rewrite launch_table.py."""
     lines = [HEADER, "MEASURED: dict[str, str] = {\n"]
     lines += [f'    "{key}": "{value}",\n' for key, value in sorted(measured.items())]
@@ -110,6 +121,9 @@ def write(sizes: Table, of_metric: OfMetric, measured: dict[str, str]) -> None:
     )
     for (arch, kernel, kind, dim, metric), value in of_metric.items():
         lines.append(f'    ({arch}, "{kernel}", "{kind}", {dim}, "{metric}"): {value},\n')
+    lines.append("}\n\nTILES_OF_SYMMETRIC: dict[tuple[int, str, str, int], int] = {\n")
+    for (arch, kernel, kind, dim), value in of_symmetric.items():
+        lines.append(f'    ({arch}, "{kernel}", "{kind}", {dim}): {value},\n')
     PATH.write_text("".join([*lines, "}\n"]))
 
 
@@ -125,6 +139,7 @@ def main() -> None:
     arch = launches.architecture(torch.cuda.get_device_capability())
     table, measured = dict(launch_table.SIZES), dict(launch_table.MEASURED)
     of_metric = dict(launch_table.SIZES_OF_METRIC)
+    of_symmetric = dict(launch_table.TILES_OF_SYMMETRIC)
     where = f"{torch.cuda.get_device_name()}, Triton {triton.__version__}, {datetime.date.today()}"
     for kind, dim, kernel in itertools.product(
         options.kind or launches.KINDS, options.dim or launches.CLASSES, launches.KERNELS
@@ -145,17 +160,18 @@ def main() -> None:
             entry = Entry(arch, kernel, kind, dim, "l2")
             if not fits(entry, best, METRICS):
                 continue
-            halves = (best.other_many >> k for k in range(4) if best.other_many >> k >= 16)
-            for many in halves:
-                if fits(entry._replace(many=True), best._replace(other=many), METRICS):
-                    of_metric = {k: v for k, v in of_metric.items() if k[:4] != key}
-                    table[key] = tuple(best._replace(other_many=many))
-                    measured[f"{arch} {kernel} {kind} {dim}"] = where
-                    break
-            else:
-                continue
-            break
-        write(table, of_metric, measured)
+            many = largest_tile(entry._replace(many=True), best, best.other_many)
+            if kernel == "gradients" and many:  # with all options of a symmetric loss, too
+                symmetric = entry._replace(kernel=BOTH_GRADIENTS, many=True)
+                many = largest_tile(symmetric, best, many)
+            both = largest_tile(entry._replace(kernel=SYMMETRIC[kernel]), best, best.other)
+            if many and both:
+                of_metric = {k: v for k, v in of_metric.items() if k[:4] != key}
+                table[key] = tuple(best._replace(other_many=many))
+                of_symmetric[key] = both
+                measured[f"{arch} {kernel} {kind} {dim}"] = where
+                break
+        write(table, of_metric, of_symmetric, measured)
 
 
 if __name__ == "__main__":

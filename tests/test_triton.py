@@ -264,3 +264,35 @@ def test_tiles_of_triplets_fill_the_device(rows: int, dim: int) -> None:
 def test_the_variant_is_the_one_that_runs() -> None:
     assert isinstance(TRITON, Variant)
     assert TRITON.device == ("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_numbers_of_rows_beside_float64(metric: str) -> None:
+    """Large log-sum-exps in two parts, all factors that pairs share, and what lies beyond."""
+    from fastcontrast.backends.scores import RowGradients
+    from fastcontrast.backends.triton.row_table import row_table
+
+    m, n, scale = 70, 9, torch.tensor(0.3)
+    exact = 1e6 * torch.randn(m).double()
+    exact[3] = -torch.inf  # no column counts
+    lse = exact.float()
+    residual = torch.where(lse.isinf(), 0.0, exact - lse).float()
+    entropy, of_lse, of_entropy, of_sum = torch.randn(4, m)
+    exclude = torch.randint(-3, n + 3, (m, 2))
+    grads = RowGradients(of_lse, of_entropy, of_sum)
+    table, left_out = row_table((lse, residual, entropy), grads, scale, metric, exclude, n)
+    assert torch.equal(
+        left_out[:, :m].T.long(), torch.where((exclude >= 0) & (exclude < n), exclude, -1)
+    )
+    assert (left_out[:, m:] == -1).all()
+    assert (table[:, m:] == 0).all()
+
+    factor = scale.double() * (2 if metric == "sqeuclidean" else 1)
+    score = torch.where(exact.isinf(), 0.0, exact) - 3.0  # of a pair whose log p is -3
+    log_p = score - torch.where(exact.isinf(), 0.0, exact)
+    wanted = factor * (log_p.exp() * (of_lse - of_entropy * (log_p + entropy)) + of_sum)
+    lse2, g_lse, g_entropy, h, g_sum = table[:, :m].double()
+    u = score / math.log(2) - lse2
+    found = u.exp2() * (g_lse - g_entropy * (u * math.log(2) + h)) + g_sum
+    # One rounding of float32 in each of a few factors.
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

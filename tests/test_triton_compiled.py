@@ -72,20 +72,17 @@ class TestCompiled:
                 assert resources["vector_stores"] > 0, (entry, resources)
 
     def test_the_document_has_these_figures(self) -> None:
-        text = (ROOT / "docs" / "triton_kernels.md").read_text()
         import triton as library
+
+        from benchmarks import ahead_of_time
+
+        text = (ROOT / "docs" / "triton_kernels.md").read_text()
 
         if f"Triton {library.__version__}." not in text:
             pytest.skip("docs/triton_kernels.md was written with another Triton")
         rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
         for e, r in compiled_subset():
-            name = e["kernel"]
-            if name == "gradients":
-                name += " of rows" if e["rows"] else " of columns"
-            if name.startswith("patches"):
-                name += f", {e['metric']}"
-            else:
-                name += ", all options" if e["many"] else ""
+            name = ahead_of_time.name_of(ahead_of_time.Entry(**e))
             key = [f"| {e['architecture']}", name, e["kind"], str(e["dim"] or "any")]
             found = [row for row in rows if row[:4] == key]
             assert len(found) == 1, e
@@ -145,20 +142,20 @@ def test_the_launch_table_is_whole() -> None:
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
         for kernel in launches.KERNELS:
             for kind in launches.KINDS:
-                for dim in (1, 16, 33, 128, 129, launches.LARGEST_FUSED):
-                    if not launches.is_fused(kernel, kind, dim, capability):
-                        assert dim > 64, (capability, kernel, kind, dim)  # wide.py has it
+                dims = (1, 16, 33, 128, 129, launches.LARGEST_FUSED)
+                for dim, metric in itertools.product(dims, METRICS):
+                    if not launches.is_fused(kernel, kind, dim, capability, metric):
+                        assert dim > 32, (capability, kernel, kind, dim)  # wide.py has it
                         continue
-                    for metric, many in itertools.product(METRICS, (False, True)):
+                    for many, symmetric in itertools.product((False, True), repeat=2):
                         sizes = launches.launch(
-                            kernel, kind, dim, capability, metric=metric, many=many
-                        )
+                            kernel, kind, dim, capability,
+                            metric=metric, many=many, symmetric=symmetric,
+                        )  # fmt: skip
                         assert sizes.block & (sizes.block - 1) == 0
                         assert min(sizes.block, sizes.other) >= 16
                         warp_groups = -(-sizes.warps // 4)
-                        # bf16x3: two warp groups share 64 rows and part their columns, by WGMMA too
-                        # (TestCompiled).
-                        if capability == (9, 0) and kind not in ("ieee", "float64", "bf16x3"):
+                        if capability == (9, 0) and kind not in ("ieee", "float64"):
                             assert sizes.block >= 64 * warp_groups  # or WGMMA is lost
         for kind in launches.NEAREST_KINDS:
             for dim in (1, 128, 129, 257, 5000):

@@ -45,15 +45,19 @@ from fastcontrast.backends.triton.launch import (
     wide_launch,
 )
 from fastcontrast.backends.triton.mask import Mask
+from fastcontrast.backends.triton.operands import BLOCK as POINTS_EACH
 from fastcontrast.backends.triton.operands import Operands, Points, prepare
 from fastcontrast.backends.triton.pairs import add_pairs, pair_scores
 from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
-from fastcontrast.backends.triton.row_statistics import merge_splits_kernel, row_statistics_kernel
+from fastcontrast.backends.triton.row_statistics import (
+    PAIR_PART,
+    merge_splits_kernel,
+    row_statistics_kernel,
+)
+from fastcontrast.backends.triton.row_table import fill_row_table, new_table, row_table
 from fastcontrast.backends.triton.wide import Weights, blocks_of_products
 
-LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-ROW_NUMBERS = 6  # that row_table has of a row
 MERGE_BLOCK = 128
 # Programs per multiprocessor that a launch should have; fewer owners share out the other side.
 PROGRAMS_PER_PROCESSOR = 2
@@ -110,7 +114,7 @@ def softmax_loss(
     if c is not None:  # both directions of a symmetric loss
         rows, columns = _both_statistics(operands, mask, scores)
         paired_lse = of_positive(_in_full(columns), scores)
-    elif _is_fused("gradients", operands):
+    elif _is_fused("gradients", operands, mask.metric):
         rows = _statistics(operands, mask, None, False)
     else:
         rows, gradients = _statistics_and_gradients(operands, mask, positive, (a, b), needs)
@@ -138,6 +142,14 @@ def softmax_loss(
     return LossGradients(loss.to(acc), dx, dy, dscale)
 
 
+class Tables(NamedTuple):
+    """Of row_table.py: numbers of the rows, their excluded columns, numbers of the columns."""
+
+    rows: Tensor
+    left_out: Tensor
+    columns: Tensor | None
+
+
 class ColumnGradients(NamedTuple):
     """Statistics of the columns, and the gradient of their log-sum-exp [N]."""
 
@@ -155,7 +167,7 @@ def _statistics(
     rank = threshold is not None
     out = empty_statistics(operands.x.given, score_sum=score_sum, rank=rank)
     limit = out.lse if threshold is None else threshold.to(out.lse.dtype).contiguous()
-    if not _is_fused("statistics", operands):
+    if not _is_fused("statistics", operands, mask.metric):
         sizes = _wide_sizes("statistics", operands)
         for rows, dots in blocks_of_products(operands, mask.metric):
             _launch_wide_statistics(operands, mask, rows, dots, out, limit, sizes)
@@ -175,8 +187,9 @@ def _both_statistics(
     of the rows of the transposed problem, from a launch of their own.
     """
     n = operands.y.given.shape[0]
-    if _is_fused("statistics", operands):
-        sizes = _sizes("statistics", operands, mask.metric, many=True)
+    if _is_fused("statistics", operands, mask.metric):
+        many = mask.row_ids is not None
+        sizes = _sizes("statistics", operands, mask.metric, many=many, symmetric=True)
         rows = empty_statistics(operands.x.given, score_sum=False, rank=False)
         columns = empty_statistics(operands.y.given, score_sum=False, rank=False)
         blocks = triton.cdiv(rows.lse.shape[0], sizes.block)
@@ -200,7 +213,9 @@ def _launch_wide_statistics(
 ) -> Statistics:
     """Fill some rows of ``out`` from their dot products with all columns, and return those."""
     part = Statistics(*(value[rows] for value in out))
-    block = operands._replace(x=Points(*(value[rows] for value in operands.x)))
+    given, values, low, sqnorm, largest = operands.x
+    of_block = Points(given[rows], values[rows], low[rows], sqnorm[rows], largest)
+    block = operands._replace(x=of_block)
     score_sum, rank = out.score_sum.numel() > 0, out.rank.numel() > 0
     of_rows = mask.of_rows(rows)
     _launch_statistics(block, of_rows, part, limit[rows], score_sum, rank, sizes, dots)
@@ -231,7 +246,7 @@ def _launch_statistics(
         counts = torch.empty(splits, 2, m, dtype=torch.int64, device=x.given.device)
     row_statistics_kernel[(triton.cdiv(m, sizes.block) * splits,)](
         x.values if dots is None else dots, x.low, x.sqnorm, y.values, y.low, y.sqnorm,
-        x.given, y.given, operands.scale,
+        y.largest, x.given, y.given, operands.scale,
         _or(mask.exclude, state), _or(mask.row_ids, state), _or(mask.column_ids, state), limit,
         state, counts, _or(column_state, state), m, n, dim, split_columns, splits,
         x.values.stride(0), y.values.stride(0),
@@ -239,6 +254,7 @@ def _launch_statistics(
         **mask.options, **operands.product_options, SCORE_SUM=score_sum, RANK=rank,
         BLOCK_M=sizes.block, BLOCK_N=sizes.other, **_widths(dim, sizes),
         FROM_DOTS=dots is not None, COLUMNS=column_state is not None,
+        GROUP=POINTS_EACH, PAIR_PART=PAIR_PART,
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     _launch_merge(state, counts, out, score_sum, rank)
@@ -265,17 +281,20 @@ def _gradients(
     columns: ColumnGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the accumulator dtype; the scale's comes with the first side computed."""
-    table = row_table(statistics, grads)
+    scale, metric, n = operands.scale, mask.metric, operands.y.given.shape[0]
+    table, left_out = row_table(statistics, grads, scale, metric, mask.exclude, n)
     column_table = None
     if columns is not None:
-        column_table = row_table(columns.statistics[:3], RowGradients(columns.lse, None, None))[:3]
-    if not _is_fused("gradients", operands):
+        of_columns = RowGradients(columns.lse, None, None)
+        column_table, _ = row_table(columns.statistics[:3], of_columns, scale, metric)
+    if not _is_fused("gradients", operands, mask.metric):
         weights = _weights(operands, mask, (table, column_table), grads, needs)
         for rows, dots in blocks_of_products(operands, mask.metric):
             weights.add_block(rows, dots)
-        return _with_scale(weights.result(), operands, needs)
-    found = _fused_gradients(operands, mask, table, column_table, grads, needs)
-    return _with_scale(found, operands, needs)
+        return _with_scale(weights.result(), operands, mask, needs)
+    tables = Tables(table, left_out, column_table)
+    found = _fused_gradients(operands, mask, tables, grads, needs)
+    return _with_scale(found, operands, mask, needs)
 
 
 def _statistics_and_gradients(
@@ -288,16 +307,17 @@ def _statistics_and_gradients(
     """Of a loss in one direction with weights a and b, from scores that a GEMM writes once."""
     a, b = of_losses
     out = empty_statistics(operands.x.given, score_sum=False, rank=False)
-    table = out.lse.new_empty(ROW_NUMBERS, out.lse.shape[0])
+    table = new_table(out.lse)
     weights = _weights(operands, mask, (table, None), RowGradients(None, b, None), needs)
     sizes = _wide_sizes("statistics", operands)
     for rows, dots in blocks_of_products(operands, mask.metric):
         part = _launch_wide_statistics(operands, mask, rows, dots, out, out.lse, sizes)
         weight, entropy = (None if w is None else w[rows] for w in (a, b))
         grad_lse = sigmoid_weights(weight, _in_full(part), positive[rows])
-        table[:, rows] = row_table(part[:3], RowGradients(grad_lse, entropy, None))
+        grads = RowGradients(grad_lse, entropy, None)
+        fill_row_table(table[:, rows], part[:3], grads, operands.scale, mask.metric)
         weights.add_block(rows, dots)
-    return out, _with_scale(weights.result(), operands, needs)
+    return out, _with_scale(weights.result(), operands, mask, needs)
 
 
 def _weights(
@@ -315,53 +335,56 @@ def _weights(
 
 
 def _with_scale(
-    found: tuple[Tensor, Tensor, Tensor], operands: Operands, needs: tuple[bool, bool, bool]
+    found: tuple[Tensor, Tensor, Tensor],
+    operands: Operands,
+    mask: Mask,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, y and the scale from those of x and y and Σ ∂L/∂s · t."""
+    """Gradients of x, y and the scale from those of x and y and Σ c' t, as row_table has c'."""
     dx, dy, product = found
     if not needs[2]:
         return dx, dy, operands.scale.new_empty(0)
-    return dx, dy, (product.sum() * LN_2 / operands.scale).to(operands.scale.dtype)
+    scale = operands.scale.double()
+    of_scores = product.sum() * LN_2 / (scale * (2 if mask.metric == "sqeuclidean" else 1))
+    return dx, dy, (of_scores / scale).to(operands.scale.dtype)
 
 
 def _fused_gradients(
     operands: Operands,
     mask: Mask,
-    table: Tensor,
-    column_table: Tensor | None,
+    tables: Tables,
     grads: RowGradients,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sides that need one, and Σ ∂L/∂s · t, which comes with the first of them."""
-    dx = dy = product = table.new_empty(0)
+    """Gradients of the sides that need one, and Σ c' t, which comes with the first of them."""
+    dx = dy = product = tables.rows.new_empty(0)
     if needs[0] or not needs[1]:
-        dx, product = _side(operands, mask, table, column_table, grads, rows=True, product=needs[2])
+        dx, product = _side(operands, mask, tables, grads, rows=True, product=needs[2])
     if needs[1]:
         first = needs[2] and product.numel() == 0
-        dy, of_columns = _side(
-            operands, mask, table, column_table, grads, rows=False, product=first
-        )
+        dy, of_columns = _side(operands, mask, tables, grads, rows=False, product=first)
         product = of_columns if first else product
-    return dx if needs[0] else table.new_empty(0), dy, product
+    return dx if needs[0] else tables.rows.new_empty(0), dy, product
 
 
 def _side(
     operands: Operands,
     mask: Mask,
-    table: Tensor,
-    column_table: Tensor | None,
+    tables: Tables,
     grads: RowGradients,
     *,
     rows: bool,
     product: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the rows or of the columns, and Σ ∂L/∂s · t of each if ``product``."""
+    """Gradient of the rows or of the columns, and Σ c' t of each if ``product``."""
+    table, left_out, column_table = tables
     own, other = (operands.x, operands.y) if rows else (operands.y, operands.x)
     count, dim = own.given.shape
     others = other.given.shape[0]
-    extras = (grads.entropy, grads.score_sum, mask.row_ids, column_table)
+    extras = (grads.entropy, grads.score_sum, mask.row_ids)
     many = product or any(extra is not None for extra in extras)
-    sizes = _sizes("gradients", operands, mask.metric, many=many)
+    symmetric = column_table is not None
+    sizes = _sizes("gradients", operands, mask.metric, many=many, symmetric=symmetric)
     splits, split_others = _splits(count, others, sizes, table.device)
     # Near pairs are added to it in memory, so it starts from 0.
     grad = table.new_zeros(splits, count, dim)
@@ -369,41 +392,33 @@ def _side(
     ids = (mask.row_ids, mask.column_ids)
     own_ids, other_ids = ids if rows else ids[::-1]
     point_gradients_kernel[(triton.cdiv(count, sizes.block) * splits,)](
-        own.values, own.low, own.sqnorm, other.values, other.low, other.sqnorm,
-        own.given, other.given, operands.scale,
-        _or(mask.exclude, table), _or(own_ids, table), _or(other_ids, table), table,
-        _or(column_table, table), grad, products,
+        own.values, own.low, own.sqnorm, other.values, other.low, other.sqnorm, other.largest,
+        own.given, other.given, operands.scale, left_out, _or(own_ids, table),
+        _or(other_ids, table), table, _or(column_table, table), grad, products,
         count, others, dim, split_others, splits, own.values.stride(0), other.values.stride(0),
-        table.shape[1], *own.given.stride(), *other.given.stride(),
+        table.shape[1], 0 if column_table is None else column_table.shape[1],
+        *own.given.stride(), *other.given.stride(),
         OWNS_ROWS=rows, **mask.options, **operands.product_options,
         HAS_ENTROPY=grads.entropy is not None, HAS_SUM=grads.score_sum is not None,
         HAS_COLUMNS=column_table is not None, PRODUCT=product, ROUND=operands.weight_rounding,
-        BLOCK=sizes.block, BLOCK_OTHER=sizes.other, **_widths(dim, sizes),
+        BLOCK=sizes.block, BLOCK_OTHER=sizes.other, **_widths(dim, sizes), GROUP=POINTS_EACH,
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     return grad[0] if splits == 1 else grad.sum(0), products if product else products[:0]
 
 
-def row_table(statistics: tuple[Tensor, Tensor, Tensor], grads: RowGradients) -> Tensor:
-    """What the weights of a row follow from, [ROW_NUMBERS, M]: see load_row_gradients."""
-    lse, lse_residual, entropy = statistics
-    lse2 = (lse.double() + lse_residual.double()) * LOG2_E
-    lse2 = torch.where(lse == -torch.inf, 0.0, lse2)
-    table = lse.new_empty(ROW_NUMBERS, lse.shape[0])
-    table[0] = lse2
-    table[1] = lse2 - table[0].double()
-    for column, value in ((2, grads.lse), (3, grads.entropy), (4, entropy), (5, grads.score_sum)):
-        table[column] = 0.0 if value is None else value
-    return table
-
-
-def _is_fused(kernel: str, operands: Operands) -> bool:
-    return is_fused(kernel, operands.kind, operands.x.given.shape[1], _capability(operands))
-
-
-def _sizes(kernel: str, operands: Operands, metric: str, *, many: bool) -> Launch:
+def _is_fused(kernel: str, operands: Operands, metric: str) -> bool:
     dim = operands.x.given.shape[1]
-    return launch(kernel, operands.kind, dim, _capability(operands), metric=metric, many=many)
+    return is_fused(kernel, operands.kind, dim, _capability(operands), metric)
+
+
+def _sizes(
+    kernel: str, operands: Operands, metric: str, *, many: bool, symmetric: bool = False
+) -> Launch:
+    return launch(
+        kernel, operands.kind, operands.x.given.shape[1], _capability(operands),
+        metric=metric, many=many, symmetric=symmetric,
+    )  # fmt: skip
 
 
 def _wide_sizes(kernel: str, operands: Operands) -> Launch:

@@ -9,7 +9,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from fastcontrast.backends.triton.launch_table import SIZES, SIZES_OF_METRIC
+from fastcontrast.backends.triton.launch_table import (
+    SIZES,
+    SIZES_OF_METRIC,
+    TILES_OF_SYMMETRIC,
+)
 
 # Up to this dimension a program keeps whole points; beyond, PyTorch's GEMMs do it (wide.py).
 LARGEST_FUSED = 256
@@ -28,8 +32,8 @@ class Launch(NamedTuple):
     Attributes:
         block: Points that a program owns.
         other: Points of the other side in a tile.
-        other_many: The same for calls with ids, sums, ranks, an entropy's gradient, a symmetric
-            loss or a scale's gradient, which take registers of their own.
+        other_many: The same for calls with ids, sums, ranks, an entropy's gradient or a scale's
+            gradient, which take registers of their own, and mostly for symmetric losses.
         part: Columns of the points taken at a time, 0 for all.
         warps: Warps of a program.
         stages: Tiles in flight.
@@ -62,11 +66,14 @@ def architecture(capability: tuple[int, int]) -> int:
     return max(a for a in ARCHITECTURES if a <= max(found, ARCHITECTURES[0]))
 
 
-def is_fused(kernel: str, kind: str, dim: int, capability: tuple[int, int] | None) -> bool:
+def is_fused(
+    kernel: str, kind: str, dim: int, capability: tuple[int, int] | None, metric: str
+) -> bool:
     """Whether a kernel keeps whole points of so many dimensions; arguments as of launch()."""
     if dim > LARGEST_FUSED or capability is None:
         return dim <= LARGEST_FUSED
-    return (architecture(capability), kernel, kind, dimension_class(dim)) in SIZES
+    key = (architecture(capability), kernel, kind, dimension_class(dim))
+    return key in SIZES or (*key, metric) in SIZES_OF_METRIC
 
 
 def launch(
@@ -77,6 +84,7 @@ def launch(
     *,
     metric: str = "l2",
     many: bool = False,
+    symmetric: bool = False,
 ) -> Launch:
     """Sizes for one call.
 
@@ -87,14 +95,19 @@ def launch(
         capability: Of the device; None under the interpreter.
         metric: "l2", "sqeuclidean" or "dot"; the same for "nearest".
         many: Whether the call has what other_many is for.
+        symmetric: Whether it is that of a symmetric loss.
     """
     if capability is None:
         return INTERPRETED_NEAREST if kernel == "nearest" else INTERPRETED
     if kernel == "nearest":
         dim = min(dim, LARGEST_FUSED)
     key = (architecture(capability), kernel, kind, dimension_class(dim))
-    found = Launch(*SIZES_OF_METRIC.get((*key, metric), SIZES[key]))
-    return found._replace(other=found.other_many) if many else found
+    found = Launch(*(SIZES_OF_METRIC.get((*key, metric)) or SIZES[key]))
+    if many:
+        return found._replace(other=found.other_many)
+    if symmetric:
+        return found._replace(other=TILES_OF_SYMMETRIC.get(key, found.other_many))
+    return found
 
 
 # Small, so that test shapes have several tiles on both sides, and unlike on the two sides.
@@ -119,7 +132,7 @@ def wide_launch(kernel: str, kind: str, capability: tuple[int, int] | None) -> L
     """
     arch = None if capability is None else architecture(capability)
     if kind == "float64":
-        other = 64 if arch == 100 and kernel != "statistics" else 128
+        other = 128 if arch == 80 or kernel == "statistics" else 64
         return WIDE._replace(other=other, other_many=other)
     if arch == 80 and kernel == "statistics":
         return WIDE._replace(warps=4)

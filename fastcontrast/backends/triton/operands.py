@@ -29,15 +29,18 @@ from fastcontrast.backends.triton.tiles import round_to_tf32
 
 BLOCK = 32
 CHUNK = 64
+# Numbers of points lie in memory that reaches up to a multiple of this, the largest tile, so that
+# tiles of them are read without a mask.
+PADDING = 256
 
 
 @triton.jit
 def prepare_points_kernel(
-    points, mean, out, out_low, sqnorm, count, dim, row_stride, column_stride, out_stride,
+    points, mean, out, out_low, sqnorm, largest, count, dim, row_stride, column_stride, out_stride,
     CENTRE: tl.constexpr, STORE: tl.constexpr, NORM: tl.constexpr, ROUND: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK points less the mean, rounded, and their squared norms."""
+    """BLOCK points less the mean, rounded, their squared norms, and the largest of these."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_rows = row < count
     total = tl.zeros([BLOCK], dtype=ACC)
@@ -68,7 +71,8 @@ def prepare_points_kernel(
         if NORM:
             total += tl.sum(tl.where(mask, value * value, 0.0), 1)
     if NORM:
-        tl.store(sqnorm + row, total, mask=in_rows)
+        tl.store(sqnorm + row, total)  # 0 beyond the last point
+        tl.store(largest + tl.program_id(0), tl.max(total, 0))
 
 
 class Points(NamedTuple):
@@ -78,13 +82,16 @@ class Points(NamedTuple):
         given: [K, D] in the input dtype, any strides.
         values: [K, D] with adjacent columns, float64, float32, bfloat16 or float16.
         low: What bfloat16 left over of ``values``, bfloat16; ``values`` itself where not split.
-        sqnorm: Squared norms of ``values`` (+ ``low``) [K]; any tensor for "dot".
+        sqnorm: Squared norms of ``values`` (+ ``low``) [K], in memory that goes on with zeros up to
+            a multiple of PADDING; any tensor for "dot".
+        largest: The largest of every BLOCK of them; any tensor for "dot".
     """
 
     given: Tensor
     values: Tensor
     low: Tensor
     sqnorm: Tensor
+    largest: Tensor
 
 
 class Operands(NamedTuple):
@@ -159,7 +166,7 @@ def _points(
     lies_well = dim == 0 or (given.stride(1) == 1 and given.stride(0) < 1 << 22)
     stores = mean is not None or rounds or not lies_well
     if not stores and not distances:
-        return Points(given, given, given, given)
+        return Points(given, given, given, given, given)
     values = low = given  # the same tensor where nothing is split off
     if stores:
         dtype = torch.bfloat16 if kind in ("bfloat16", "bf16x3") else given.dtype
@@ -169,12 +176,14 @@ def _points(
             low = torch.empty_strided(
                 values.shape, values.stride(), dtype=dtype, device=given.device
             )
-    sqnorm = torch.empty(count, dtype=acc, device=given.device)
-    prepare_points_kernel[(triton.cdiv(count, BLOCK),)](
-        given, sqnorm if mean is None else mean, values, low, sqnorm, count, dim,
+    programs = triton.cdiv(count, PADDING) * PADDING // BLOCK
+    sqnorm = torch.empty(programs * BLOCK, dtype=acc, device=given.device)
+    largest = torch.empty(programs, dtype=acc, device=given.device)
+    prepare_points_kernel[(programs,)](
+        given, sqnorm if mean is None else mean, values, low, sqnorm, largest, count, dim,
         given.stride(0), given.stride(1), values.stride(0),
         CENTRE=mean is not None, STORE=stores and kind != "bf16x3", NORM=distances,
         ROUND={"tf32": "tf32", "bfloat16": "bf16", "bf16x3": "bf16x3"}.get(kind, "none"),
         ACC=tl.float64 if acc == torch.float64 else tl.float32, BLOCK=BLOCK, CHUNK=CHUNK,
     )  # fmt: skip
-    return Points(given, values, low, sqnorm)
+    return Points(given, values, low, sqnorm[:count], largest)

@@ -30,46 +30,46 @@ from fastcontrast.backends.triton.tiles import (
     L2,
     LOG2_E,
     SMALLEST_SQUARE,
+    absent,
+    best_of,
     counted,
+    holds,
     inverse_distance,
-    load_excluded,
+    largest_sqnorm,
     load_rows,
-    near_limit,
+    near_length,
     next_near,
     pair_squared_distances,
     pair_weight,
     products,
     score_gradient,
-    scores_of,
+    slope_of,
     weighted_rows,
 )
 
 
 @triton.jit
 def load_row_gradients(table, row, mask, m, HAS_ENTROPY: tl.constexpr, HAS_SUM: tl.constexpr):
-    """Columns of the table [6, M] of a row: lse2 high and low, g_lse, g_entropy, entropy, g_sum."""
+    """Numbers of a row in row_table.py's [5, m]: lse2, g_lse, g_entropy, entropy, g_sum."""
     at = table + row
-    high = tl.load(at, mask=mask, other=0.0)
-    low = tl.load(at + m, mask=mask, other=0.0)
-    grad_lse = tl.load(at + 2 * m, mask=mask, other=0.0)
+    lse = tl.load(at, mask=mask, other=0.0)
+    grad_lse = tl.load(at + m, mask=mask, other=0.0)
     grad_entropy = grad_lse
     entropy = grad_lse
     grad_sum = grad_lse
     if HAS_ENTROPY:
-        grad_entropy = tl.load(at + 3 * m, mask=mask, other=0.0)
-        entropy = tl.load(at + 4 * m, mask=mask, other=0.0)
+        grad_entropy = tl.load(at + 2 * m, mask=mask, other=0.0)
+        entropy = tl.load(at + 3 * m, mask=mask, other=0.0)
     if HAS_SUM:
-        grad_sum = tl.load(at + 5 * m, mask=mask, other=0.0)
-    return high, low, grad_lse, grad_entropy, entropy, grad_sum
+        grad_sum = tl.load(at + 4 * m, mask=mask, other=0.0)
+    return lse, grad_lse, grad_entropy, entropy, grad_sum
 
 
 @triton.jit
 def load_column_gradients(table, column, mask, n):
-    """Columns of the table [3, N] of a column: lse2 high and low, g_lse."""
+    """The first two of a column: lse2 and g_lse."""
     at = table + column
-    high = tl.load(at, mask=mask, other=0.0)
-    low = tl.load(at + n, mask=mask, other=0.0)
-    return high, low, tl.load(at + 2 * n, mask=mask, other=0.0)
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + n, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -81,15 +81,17 @@ def rounding_ratio(exact, rounded):
 
 @triton.jit
 def point_gradients_kernel(
-    own, own_low, own_sqnorm, other, other_low, other_sqnorm, given_own, given_other, scale,
-    exclude, own_ids, other_ids, table, column_table, grad, product,
-    count, other_count, dim, split_others, splits, own_stride, other_stride, m,
+    own, own_low, own_sqnorm, other, other_low, other_sqnorm, other_largest, given_own, given_other,
+    scale, left_out, own_ids, other_ids, table, column_table, grad, product,
+    count, other_count, dim, split_others, splits, own_stride, other_stride, table_stride,
+    column_table_stride,
     given_own_row, given_own_column, given_other_row, given_other_column,
     OWNS_ROWS: tl.constexpr, METRIC: tl.constexpr, EXCLUDE: tl.constexpr, KEEP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr, HAS_SUM: tl.constexpr, HAS_COLUMNS: tl.constexpr,
     PRODUCT: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """Gradient [splits, count, D] of one side; product [splits, count] float64: Σ ∂L/∂s · t."""
     split = tl.program_id(0) % splits
@@ -97,8 +99,7 @@ def point_gradients_kernel(
     place = tl.arange(0, BLOCK)
     here = start + place
     inside = here < count
-    scale_value = tl.load(scale).to(ACC)
-    scale2 = scale_value * LOG2_E
+    slope = slope_of(tl.load(scale) * LOG2_E, METRIC).to(ACC)
     own_tile = load_rows(own, start, own_stride, count, 0, dim, BLOCK, BLOCK_D, UPCAST)
     own_low_tile = own_tile
     if SPLIT:
@@ -111,22 +112,21 @@ def point_gradients_kernel(
         own_id = tl.load(own_ids + here, mask=inside, other=0)
     first = here
     second = here
-    high = own_norm
-    low = own_norm
+    lse = own_norm
     grad_lse = own_norm
     grad_entropy = own_norm
     entropy = own_norm
     grad_sum = own_norm
     if OWNS_ROWS:
         if EXCLUDE > 0:
-            first = load_excluded(exclude, here, inside, other_count, 0, EXCLUDE)
+            first = tl.load(left_out + here, mask=inside, other=-1)
         if EXCLUDE > 1:
-            second = load_excluded(exclude, here, inside, other_count, 1, EXCLUDE)
-        high, low, grad_lse, grad_entropy, entropy, grad_sum = load_row_gradients(
-            table, here, inside, m, HAS_ENTROPY, HAS_SUM
+            second = tl.load(left_out + table_stride + here, mask=inside, other=-1)
+        lse, grad_lse, grad_entropy, entropy, grad_sum = load_row_gradients(
+            table, here, inside, table_stride, HAS_ENTROPY, HAS_SUM
         )
     elif HAS_COLUMNS:
-        high, low, grad_lse = load_column_gradients(column_table, here, inside, count)
+        lse, grad_lse = load_column_gradients(column_table, here, inside, column_table_stride)
     total = tl.zeros([BLOCK, BLOCK_D], dtype=ACC)
     weight_sum = tl.zeros([BLOCK], dtype=tl.float64)
     exact_sum = tl.zeros([BLOCK], dtype=tl.float64)
@@ -160,64 +160,86 @@ def point_gradients_kernel(
                     BLOCK_OTHER, BLOCK_K, UPCAST,
                 )  # fmt: skip
                 dots = products(a, a, b, b, dots, METRIC, False, PRECISION, ACC)
-        other_id = there
-        if KEEP != 0:
-            other_id = tl.load(other_ids + there, mask=in_others, other=0)
-        # What belongs to rows lies along axis 0 of the tile, or along axis 1.
+        # What belongs to rows lies along axis 0 of the tile, or along axis 1. Tables reach beyond
+        # the last point: nothing is masked that is read for a tile.
+        every = tl.full([BLOCK_OTHER], 1, dtype=tl.int1)
         if OWNS_ROWS:
             tile_first, tile_second, column = first[:, None], second[:, None], there[None, :]
-            tile_high, tile_low, tile_lse = high[:, None], low[:, None], grad_lse[:, None]
+            tile_lse, tile_grad_lse = lse[:, None], grad_lse[:, None]
             tile_grad_entropy, tile_entropy = grad_entropy[:, None], entropy[:, None]
             tile_sum = grad_sum[:, None]
         else:
-            tile_first = there[None, :]
-            tile_second = tile_first
+            b_first = there
+            b_second = there
             if EXCLUDE > 0:
-                tile_first = load_excluded(exclude, there, in_others, count, 0, EXCLUDE)[None, :]
+                b_first = tl.load(left_out + start_other + tl.arange(0, BLOCK_OTHER))
             if EXCLUDE > 1:
-                tile_second = load_excluded(exclude, there, in_others, count, 1, EXCLUDE)[None, :]
-            column = here[:, None]
-            a_high, a_low, a_lse, a_grad_entropy, a_entropy, a_sum = load_row_gradients(
-                table, there, in_others, m, HAS_ENTROPY, HAS_SUM
+                b_second = tl.load(
+                    left_out + table_stride + start_other + tl.arange(0, BLOCK_OTHER)
+                )
+            tile_first, tile_second, column = b_first[None, :], b_second[None, :], here[:, None]
+            a_lse, a_grad_lse, a_grad_entropy, a_entropy, a_sum = load_row_gradients(
+                table + start_other,
+                tl.arange(0, BLOCK_OTHER),
+                every,
+                table_stride,
+                HAS_ENTROPY,
+                HAS_SUM,
             )
-            tile_high, tile_low, tile_lse = a_high[None, :], a_low[None, :], a_lse[None, :]
+            tile_lse, tile_grad_lse = a_lse[None, :], a_grad_lse[None, :]
             tile_grad_entropy, tile_entropy = a_grad_entropy[None, :], a_entropy[None, :]
             tile_sum = a_sum[None, :]
         if HAS_COLUMNS:
             if OWNS_ROWS:
-                c_high, c_low, c_lse = load_column_gradients(
-                    column_table, there, in_others, other_count
+                c_lse, c_grad_lse = load_column_gradients(
+                    column_table + start_other,
+                    tl.arange(0, BLOCK_OTHER),
+                    every,
+                    column_table_stride,
                 )
-                column_high, column_low, column_lse = (
-                    c_high[None, :],
-                    c_low[None, :],
-                    c_lse[None, :],
-                )
+                column_lse, column_grad_lse = c_lse[None, :], c_grad_lse[None, :]
             else:
-                column_high, column_low, column_lse = high[:, None], low[:, None], grad_lse[:, None]
-        counts = counted(
-            in_others[None, :], column, own_id[:, None], other_id[None, :], tile_first,
-            tile_second, EXCLUDE, KEEP,
-        )  # fmt: skip
-        if METRIC == DOT:
-            inverse = dots
-            t = tl.where(counts, scores_of(dots, scale2, METRIC), float("-inf"))
-        else:
-            norms = tl.load(other_sqnorm + there, mask=in_others, other=0.0)
-            squared = tl.maximum(own_norm[:, None] + norms[None, :] - 2.0 * dots, SMALLEST_SQUARE)
-            if METRIC == L2:  # one instruction for d and 1/d
-                inverse = inverse_distance(squared, ACC)
-                t = -scale2 * (squared * inverse)
+                column_lse, column_grad_lse = lse[:, None], grad_lse[:, None]
+        # Distances, their squares or dot products; scores are these times the slope.
+        values = dots
+        inverse = dots
+        if METRIC != DOT:
+            norms = tl.load(other_sqnorm + start_other + tl.arange(0, BLOCK_OTHER))
+            values = tl.maximum(own_norm[:, None] + norms[None, :] - 2.0 * dots, SMALLEST_SQUARE)
+        if METRIC == L2:  # one instruction for d and 1/d
+            inverse = inverse_distance(values, ACC)
+            values *= inverse
+        # Few tiles need a mask: those that reach beyond the last point or hold an excluded pair.
+        masked = (KEEP != 0) | (start_other + BLOCK_OTHER > other_count)
+        if EXCLUDE > 0:
+            if OWNS_ROWS:
+                excluded = holds(first, start_other, BLOCK_OTHER)
+                if EXCLUDE > 1:
+                    excluded = excluded | holds(second, start_other, BLOCK_OTHER)
             else:
-                inverse = squared
-                t = scores_of(squared, scale2, METRIC)
-            t = tl.where(counts, t, float("-inf"))
-            limit = near_limit(own_norm, norms, scale2, METRIC, ACC)
-            if tl.max((tl.max(t, 1) > limit).to(tl.int32), 0) > 0:
+                excluded = holds(b_first, start, BLOCK)
+                if EXCLUDE > 1:
+                    excluded = excluded | holds(b_second, start, BLOCK)
+            masked = masked | (tl.max(excluded.to(tl.int32), 0) > 0)
+        if masked:
+            other_id = there
+            if KEEP != 0:
+                other_id = tl.load(other_ids + there, mask=in_others, other=0)
+            counts = counted(
+                in_others[None, :], column, own_id[:, None], other_id[None, :], tile_first,
+                tile_second, EXCLUDE, KEEP,
+            )  # fmt: skip
+            values = tl.where(counts, values, absent(METRIC))
+        if METRIC != DOT:
+            limit = near_length(
+                own_norm, largest_sqnorm(other_largest, start_other, BLOCK_OTHER, GROUP),
+                METRIC, ACC,
+            )  # fmt: skip
+            if tl.max((best_of(values, METRIC) < limit).to(tl.int32), 0) > 0:
                 previous = tl.full([BLOCK], -1, dtype=tl.int32)
                 remain = True
                 while remain:  # one pair of every owner at a time
-                    previous = next_near(t, limit, previous, BLOCK_OTHER)
+                    previous = next_near(values, limit, previous, BLOCK_OTHER)
                     found = (previous < BLOCK_OTHER) & inside
                     partner = start_other + previous
                     direct = pair_squared_distances(
@@ -225,32 +247,30 @@ def point_gradients_kernel(
                         given_other, partner, given_other_row, given_other_column,
                         found, dim, ACC, BLOCK, 4,
                     )  # fmt: skip
-                    exact = scores_of(direct, scale2, METRIC)
+                    exact = slope * (tl.sqrt(direct) if METRIC == L2 else direct)
                     if OWNS_ROWS:
                         g = score_gradient(
-                            exact, high, low, grad_lse, grad_entropy, entropy, grad_sum,
+                            exact, lse, grad_lse, grad_entropy, entropy, grad_sum,
                             HAS_ENTROPY, HAS_SUM,
                         )  # fmt: skip
                     else:
-                        b_high, b_low, b_lse, b_grad_entropy, b_entropy, b_sum = load_row_gradients(
-                            table, partner, found, m, HAS_ENTROPY, HAS_SUM
+                        b_lse, b_grad_lse, b_grad_entropy, b_entropy, b_sum = load_row_gradients(
+                            table, partner, found, table_stride, HAS_ENTROPY, HAS_SUM
                         )
                         g = score_gradient(
-                            exact, b_high, b_low, b_lse, b_grad_entropy, b_entropy, b_sum,
+                            exact, b_lse, b_grad_lse, b_grad_entropy, b_entropy, b_sum,
                             HAS_ENTROPY, HAS_SUM,
                         )  # fmt: skip
                     if HAS_COLUMNS:
                         if OWNS_ROWS:
-                            d_high, d_low, d_lse = load_column_gradients(
-                                column_table, partner, found, other_count
+                            d_lse, d_grad_lse = load_column_gradients(
+                                column_table, partner, found, column_table_stride
                             )
-                            g += tl.exp2((exact - d_high) - d_low) * d_lse
+                            g += tl.exp2(exact - d_lse) * d_grad_lse
                         else:
-                            g += tl.exp2((exact - high) - low) * grad_lse
+                            g += tl.exp2(exact - lse) * grad_lse
                     apart = found & (direct != 0.0)  # the subgradient 0 at coincident points
-                    w = pair_weight(
-                        g, inverse_distance(tl.where(apart, direct, 1.0), ACC), scale_value, METRIC
-                    )
+                    w = pair_weight(g, inverse_distance(tl.where(apart, direct, 1.0), ACC), METRIC)
                     add_differences(
                         grad_rows, given_own, here, given_own_row, given_own_column,
                         given_other, partner, given_other_row, given_other_column,
@@ -259,22 +279,24 @@ def point_gradients_kernel(
                     if PRODUCT:
                         score_product += tl.where(found, g * exact, 0.0).to(tl.float64)
                     taken = tl.arange(0, BLOCK_OTHER)[None, :] == previous[:, None]
-                    t = tl.where(taken, float("-inf"), t)
+                    values = tl.where(taken, absent(METRIC), values)
                     remain = tl.max(found.to(tl.int32), 0) > 0
+        t = slope * values
         g = score_gradient(
-            t, tile_high, tile_low, tile_lse, tile_grad_entropy, tile_entropy, tile_sum,
+            t, tile_lse, tile_grad_lse, tile_grad_entropy, tile_entropy, tile_sum,
             HAS_ENTROPY, HAS_SUM,
         )  # fmt: skip
         if HAS_COLUMNS:  # the other direction of a symmetric loss
-            g += tl.exp2((t - column_high) - column_low) * column_lse
+            g += tl.exp2(t - column_lse) * column_grad_lse
         if PRODUCT:  # g is 0 where t is -inf
             score_product += tl.sum(g * tl.maximum(t, -1e30), 1).to(tl.float64)
-        weights = pair_weight(g, inverse, scale_value, METRIC)
+        weights = pair_weight(g, inverse, METRIC)
         total, used = weighted_rows(
             weights,
             other_tile,
             other_low_tile,
             total,
+            METRIC,
             SPLIT,
             ROUND,
             HAS_ENTROPY or HAS_SUM,

@@ -1,8 +1,9 @@
 """Forward kernel of `distance_softmax`: row statistics while column tiles stream by.
 
-Maths: t_ij = s_ij log2(e) from dot products and squared norms (tiles.py); per row the running
-    maximum of t, Σ 2^(t-max), Σ 2^(t-max)(t-max), on request Σ t, the number of columns that count,
-    and #{t > threshold}. lse = (max + log2 Σ) ln 2, entropy = (log2 Σ - weighted/Σ) ln 2.
+Maths: t_ij = s_ij log2(e), the slope times a distance, its square or a product, from dot products
+    and squared norms (tiles.py); per row the running maximum of t, Σ 2^(t-max),
+    Σ 2^(t-max)(t-max), on request Σ t, the number of columns that count, and #{t > threshold}.
+    lse = (max + log2 Σ) ln 2, entropy = (log2 Σ - weighted/Σ) ln 2.
 Tiling: a program owns BLOCK_M rows, which stay in shared memory, and streams tiles of BLOCK_N
     columns of one split of the columns (few rows do not fill a GPU). The grid is one-dimensional.
     A second kernel merges the splits. COLUMNS: each tile is reduced over its rows as well, for one
@@ -12,7 +13,8 @@ Memory: rows are read once, columns once per row block, from the L2 cache as all
     column and row block.
 Numerics: exp2 of scores less the running maximum; what does not count is -inf before the maximum.
     Sums over one tile in float32, over tiles in float64. A tile that may hold near pairs (tiles.py)
-    takes them by direct difference: a branch that costs nothing per pair where it is not taken.
+    takes them by direct difference, and one that holds excluded columns or reaches beyond the last
+    is masked: branches that cost nothing per pair where they are not taken.
 """
 
 # Triton's language is Python only in its syntax: the checker sees the wrong types.
@@ -25,36 +27,63 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastcontrast.backends.triton import INTERPRETED
 from fastcontrast.backends.triton.tiles import (
     ABSENT_SQUARE,
     DOT,
+    L2,
     LN_2,
     LOG2_E,
     SMALLEST_SQUARE,
+    absent,
+    best_of,
     counted,
+    holds,
+    largest_sqnorm,
     load_excluded,
     load_rows,
-    near_limit,
+    near_length,
     next_near,
     pair_squared_distances,
     products,
-    scores_of,
+    slope_of,
 )
 
+# Columns that near pairs are read by. With more of them than threads the compiler would move tiles
+# of scores to the layout in which points are read, through shared memory, near or not.
+PAIR_PART = 32 if INTERPRETED else 1
 # Exponents below this give 0; keeps 0·(-inf) out of the weighted sum.
 FLOOR = tl.constexpr(-1100.0)
 
 
 @triton.jit
+def tile_counts(
+    column_ids, start_n, n, row_id, first, second,
+    EXCLUDE: tl.constexpr, KEEP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which pairs of a tile count."""
+    column = start_n + tl.arange(0, BLOCK_N)
+    in_columns = column < n
+    column_id = column
+    if KEEP != 0:
+        column_id = tl.load(column_ids + column, mask=in_columns, other=0)
+    return counted(
+        in_columns[None, :], column[None, :], row_id[:, None], column_id[None, :],
+        first[:, None], second[:, None], EXCLUDE, KEEP,
+    )  # fmt: skip
+
+
+@triton.jit
 def row_statistics_kernel(
-    x, x_low, x_sqnorm, y, y_low, y_sqnorm, given_x, given_y, scale,
+    x, x_low, x_sqnorm, y, y_low, y_sqnorm, y_largest, given_x, given_y, scale,
     exclude, row_ids, column_ids, threshold, state, counts, column_state,
     m, n, dim, split_columns, splits, x_stride, y_stride,
     given_x_row, given_x_column, given_y_row, given_y_column,
     METRIC: tl.constexpr, EXCLUDE: tl.constexpr, KEEP: tl.constexpr, SCORE_SUM: tl.constexpr,
     RANK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr, FROM_DOTS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr, FROM_DOTS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    PAIR_PART: tl.constexpr,
 ):  # fmt: skip
     """State [splits, 4, M] float64 (max, sum, weighted, total), counts [splits, 2, M] int64.
 
@@ -65,8 +94,7 @@ def row_statistics_kernel(
     start_m = tl.program_id(0) // splits * BLOCK_M
     row = start_m + tl.arange(0, BLOCK_M)
     in_rows = row < m
-    scale2 = tl.load(scale) * LOG2_E
-    scale2 = scale2.to(ACC)
+    slope = slope_of(tl.load(scale) * LOG2_E, METRIC).to(ACC)
     if BLOCK_K == BLOCK_D and not FROM_DOTS:
         x_tile = load_rows(x, start_m, x_stride, m, 0, dim, BLOCK_M, BLOCK_D, UPCAST)
         x_low_tile = x_tile
@@ -87,6 +115,7 @@ def row_statistics_kernel(
     limit = tl.zeros([BLOCK_M], dtype=ACC)
     if RANK:
         limit = tl.load(threshold + row, mask=in_rows, other=0.0) * LOG2_E
+    ALWAYS_MASKED: tl.constexpr = KEEP != 0 or SCORE_SUM
     running_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
     running_sum = tl.zeros([BLOCK_M], dtype=tl.float64)
     weighted = tl.zeros([BLOCK_M], dtype=tl.float64)
@@ -116,40 +145,54 @@ def row_statistics_kernel(
                 x_part = load_rows(x, start_m, x_stride, m, k, dim, BLOCK_M, BLOCK_K, UPCAST)
                 y_part = load_rows(y, start_n, y_stride, n, k, dim, BLOCK_N, BLOCK_K, UPCAST)
                 dots = products(x_part, x_part, y_part, y_part, dots, METRIC, False, PRECISION, ACC)
-        column_id = column
-        if KEEP != 0:
-            column_id = tl.load(column_ids + column, mask=in_columns, other=0)
-        counts_here = counted(
-            in_columns[None, :], column[None, :], row_id[:, None], column_id[None, :],
-            first[:, None], second[:, None], EXCLUDE, KEEP,
-        )  # fmt: skip
-        if METRIC == DOT:
-            t = tl.where(counts_here, scores_of(dots, scale2, METRIC), float("-inf"))
-            largest = tl.max(t, 1)
+        # Distances, their squares or dot products; scores are these times the slope.
+        values = dots
+        if METRIC != DOT:
+            ys = tl.load(y_sqnorm + start_n + tl.arange(0, BLOCK_N))
+            values = tl.maximum(xs[:, None] + ys[None, :] - 2.0 * dots, SMALLEST_SQUARE)
+        if METRIC == L2:
+            values = tl.sqrt(values)
+        if ALWAYS_MASKED:
+            counts_here = tile_counts(
+                column_ids, start_n, n, row_id, first, second, EXCLUDE, KEEP, BLOCK_N
+            )
+            values = tl.where(counts_here, values, absent(METRIC))
         else:
-            # Columns beyond the last are infinitely far.
-            ys = tl.load(y_sqnorm + column, mask=in_columns, other=float("inf"))
-            squared = tl.maximum(xs[:, None] + ys[None, :] - 2.0 * dots, SMALLEST_SQUARE)
-            t = scores_of(squared, scale2, METRIC)
-            if EXCLUDE > 0 or KEEP != 0:
-                t = tl.where(counts_here, t, float("-inf"))
-            largest = tl.max(t, 1)
-            near = near_limit(xs, tl.where(in_columns, ys, 0.0), scale2, METRIC, ACC)
-            if tl.max((largest > near).to(tl.int32), 0) > 0:
+            # The mask takes as long as the scores, and few tiles need one: those that reach beyond
+            # the last column or hold an excluded one.
+            masked = start_n + BLOCK_N > n
+            if EXCLUDE > 0:
+                excluded = holds(first, start_n, BLOCK_N)
+                if EXCLUDE > 1:
+                    excluded = excluded | holds(second, start_n, BLOCK_N)
+                masked = masked | (tl.max(excluded.to(tl.int32), 0) > 0)
+            if masked:
+                counts_here = tile_counts(
+                    column_ids, start_n, n, row_id, first, second, EXCLUDE, KEEP, BLOCK_N
+                )
+                values = tl.where(counts_here, values, absent(METRIC))
+        best = best_of(values, METRIC)
+        if METRIC != DOT:
+            largest_norm = largest_sqnorm(y_largest, start_n, BLOCK_N, GROUP)
+            near = near_length(xs, largest_norm, METRIC, ACC)
+            if tl.max((best < near).to(tl.int32), 0) > 0:
                 previous = tl.full([BLOCK_M], -1, dtype=tl.int32)
                 remain = True
                 while remain:  # one pair of every row at a time
-                    previous = next_near(t, near, previous, BLOCK_N)
+                    previous = next_near(values, near, previous, BLOCK_N)
                     found = previous < BLOCK_N
-                    squared_of_pair = pair_squared_distances(
+                    exact = pair_squared_distances(
                         given_x, row, given_x_row, given_x_column, given_y, start_n + previous,
-                        given_y_row, given_y_column, found & in_rows, dim, ACC, BLOCK_M, 4,
+                        given_y_row, given_y_column, found & in_rows, dim, ACC, BLOCK_M, PAIR_PART,
                     )  # fmt: skip
-                    exact = scores_of(squared_of_pair, scale2, METRIC)
+                    if METRIC == L2:
+                        exact = tl.sqrt(exact)
                     here = tl.arange(0, BLOCK_N)[None, :] == previous[:, None]
-                    t = tl.where(here, exact[:, None], t)
+                    values = tl.where(here, exact[:, None], values)
                     remain = tl.max(found.to(tl.int32), 0) > 0
-                largest = tl.max(t, 1)
+                best = best_of(values, METRIC)
+        if SCORE_SUM or RANK or COLUMNS:
+            t = slope * values
         if SCORE_SUM:
             # A column that counts and is infinitely far makes the sum -inf.
             total += tl.sum(tl.where(counts_here, t, 0.0), 1).to(tl.float64)
@@ -167,11 +210,11 @@ def row_statistics_kernel(
             at_columns = column_state + tl.cast(start_m // BLOCK_M * 2, tl.int64) * n + column
             tl.store(at_columns, column_max, mask=in_columns)
             tl.store(at_columns + n, tl.sum(tl.exp2(of_rows), 0), mask=in_columns)
-        new_max = tl.maximum(running_max, largest)
+        new_max = tl.maximum(running_max, slope * best)
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        u = t - base[:, None]
+        u = slope * values - base[:, None]
         if METRIC == DOT:  # the only scores that reach +inf, which then have all the mass
-            u = tl.where(t == float("inf"), 0.0, u)
+            u = tl.where(values == float("inf"), 0.0, u)
         e = tl.exp2(u)
         unchanged = running_max == base
         factor = tl.where(unchanged, 1.0, tl.exp2(running_max - base)).to(tl.float64)

@@ -69,15 +69,21 @@ def products(
 
 
 @triton.jit
-def scores_of(values, scale2, METRIC: tl.constexpr):
-    """T from squared distances, or from dot products."""
-    if METRIC == L2:
-        t = -scale2 * tl.sqrt(values)
-    elif METRIC == SQEUCLIDEAN:
-        t = -scale2 * values
-    else:
-        t = scale2 * values
-    return t
+def slope_of(scale2, METRIC: tl.constexpr):
+    """What a distance, a squared one or a dot product is multiplied by to become t."""
+    return scale2 if METRIC == DOT else -scale2
+
+
+@triton.jit
+def absent(METRIC: tl.constexpr):
+    """What a pair that does not count has in the place of its distance or product."""
+    return float("-inf") if METRIC == DOT else float("inf")
+
+
+@triton.jit
+def best_of(values, METRIC: tl.constexpr):
+    """Of each row of a tile of distances or dot products, the one with the largest score."""
+    return tl.max(values, 1) if METRIC == DOT else tl.min(values, 1)
 
 
 @triton.jit
@@ -116,21 +122,37 @@ def near_fraction(ACC: tl.constexpr):
 
 
 @triton.jit
-def near_limit(own_sqnorm, other_sqnorm, scale2, METRIC: tl.constexpr, ACC: tl.constexpr):
-    """Score of each row of the tile above which a pair may be near, from the largest other norm.
-
-    -inf where a norm is infinite, so that all is taken directly. (A distance that is not a number
-    has become SMALLEST_SQUARE, which is near.)
-    """
-    norms = own_sqnorm + tl.max(other_sqnorm, 0)
-    return scores_of(tl.maximum(near_fraction(ACC) * norms, NEAR_SQUARE), scale2, METRIC)
+def holds(index, start, BLOCK: tl.constexpr):
+    """Whether an index is one of the BLOCK from ``start`` on."""
+    return (index >= start) & (index < start + BLOCK)
 
 
 @triton.jit
-def next_near(t, limit, previous, BLOCK_OTHER: tl.constexpr):
+def largest_sqnorm(largest, start, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """The largest of the BLOCK squared norms from ``start`` on, of those of groups of GROUP."""
+    if BLOCK > GROUP:
+        found = tl.max(tl.load(largest + start // GROUP + tl.arange(0, BLOCK // GROUP)), 0)
+    else:
+        found = tl.load(largest + start // GROUP)
+    return found
+
+
+@triton.jit
+def near_length(own_sqnorm, largest, METRIC: tl.constexpr, ACC: tl.constexpr):
+    """Distance (or its square) of each row of the tile below which a pair may be near.
+
+    From the largest squared norm of the other side. Infinite where a norm is, so that all is taken
+    directly. (A distance that is not a number has become SMALLEST_SQUARE, which is near.)
+    """
+    squared = tl.maximum(near_fraction(ACC) * (own_sqnorm + largest), NEAR_SQUARE)
+    return tl.sqrt(squared) if METRIC == L2 else squared
+
+
+@triton.jit
+def next_near(lengths, limit, previous, BLOCK_OTHER: tl.constexpr):
     """First near pair of each row of the tile after its ``previous``; BLOCK_OTHER if none."""
     place = tl.arange(0, BLOCK_OTHER)[None, :]
-    near = (t > limit[:, None]) & (place > previous[:, None])
+    near = (lengths < limit[:, None]) & (place > previous[:, None])
     return tl.min(tl.where(near, place, BLOCK_OTHER), 1)
 
 
@@ -163,12 +185,22 @@ def round_to_tf32(x):
 
 
 @triton.jit
+def cut_to_bfloat16(x):
+    """``x`` float32 less the bits that bfloat16 has not; what is not finite stays so."""
+    bits = x.to(tl.int32, bitcast=True) & -0x10000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def score_gradient(
-    t, lse_high, lse_low, grad_lse, grad_entropy, entropy, grad_sum,
+    t, lse, grad_lse, grad_entropy, entropy, grad_sum,
     HAS_ENTROPY: tl.constexpr, HAS_SUM: tl.constexpr,
 ):  # fmt: skip
-    """∂L/∂s of pairs: p (g_lse - g_H (log p + H)) + g_sum, 0 where a column does not count."""
-    u = (t - lse_high) - lse_low  # log2 p
+    """∂L/∂s of pairs: p (g_lse - g_H (log p + H)) + g_sum, 0 where a column does not count.
+
+    From the numbers of row_table.py: times what they hold, and with what was left over of ``lse``.
+    """
+    u = t - lse
     p = tl.exp2(u)
     g = p * grad_lse
     if HAS_ENTROPY:  # the floor keeps 0·(-inf) out
@@ -179,27 +211,26 @@ def score_gradient(
 
 
 @triton.jit
-def pair_weight(g, inverse, scale, METRIC: tl.constexpr):
-    """C of csrc/common/scores.h: what y - x (for dot: y) is multiplied by in the gradient of x."""
-    if METRIC == L2:
-        c = scale * g * inverse
-    elif METRIC == SQEUCLIDEAN:
-        c = 2.0 * scale * g
-    else:
-        c = scale * g
-    return c
+def pair_weight(g, inverse, METRIC: tl.constexpr):
+    """C of csrc/common/scores.h: what y - x (for dot: y) is multiplied by in the gradient of x.
+
+    From ∂L/∂s times the scale, for "sqeuclidean" twice the scale (row_table.py).
+    """
+    return g * inverse if METRIC == L2 else g
 
 
 @triton.jit
 def weighted_rows(
-    weight, other, other_low, total, SPLIT: tl.constexpr, ROUND: tl.constexpr,
-    TWICE: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
+    weight, other, other_low, total, METRIC: tl.constexpr, SPLIT: tl.constexpr,
+    ROUND: tl.constexpr, TWICE: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``total`` + weight @ other, and the weights as the product saw them.
 
     Sums of weights must be those of the rounded ones: what is left of Σ c (y - x) after two sums
-    are subtracted is then the same weighted difference. TWICE: what rounding left over is
-    multiplied as well, for weights of both signs, which may cancel.
+    are subtracted is then the same weighted difference. What all weights lose in common is put
+    right there, so that bits may be cut off where sums are taken: one instruction gives the weight
+    that the sum needs, another two for the product. TWICE: what rounding left over is multiplied as
+    well, for weights of both signs, which may cancel.
     """
     # One return at the end: Triton compiles what stands after an earlier one too.
     used = weight
@@ -213,8 +244,11 @@ def weighted_rows(
         total = tl.dot(low, other, total, out_dtype=ACC)
         total = tl.dot(high, other, total, out_dtype=ACC)
     elif ROUND == "bf16":
-        narrow = weight.to(tl.bfloat16)
-        used = narrow.to(tl.float32)
+        if METRIC != DOT:
+            used = cut_to_bfloat16(weight)
+        narrow = used.to(tl.bfloat16)
+        if METRIC == DOT:
+            used = narrow.to(tl.float32)
         total = tl.dot(used if UPCAST else narrow, other, total, out_dtype=ACC)
         if TWICE:
             narrow = (weight - used).to(tl.bfloat16)

@@ -35,18 +35,21 @@ from fastcontrast.backends.triton.point_gradients import (
 from fastcontrast.backends.triton.tiles import (
     ABSENT_SQUARE,
     DOT,
+    L2,
     LOG2_E,
     SMALLEST_SQUARE,
+    absent,
+    best_of,
     counted,
     inverse_distance,
     load_excluded,
-    near_limit,
+    near_length,
     next_near,
     pair_squared_distances,
     pair_weight,
     round_to_tf32,
     score_gradient,
-    scores_of,
+    slope_of,
 )
 
 # Scores of a block of rows: 128 MiB in float32, and weights beside them. And its least rows: with
@@ -60,7 +63,8 @@ LEAST_ROWS = 512
 def weigh_scores_kernel(
     dots, weights, weights_low, flags, x_sqnorm, y_sqnorm, given_x, given_y, scale,
     exclude, row_ids, column_ids, table, column_table, grad_x, weight_sum, product,
-    first_row, m, m_all, n, dim, given_x_row, given_x_column, given_y_row, given_y_column,
+    first_row, m, table_stride, n, column_table_stride, dim,
+    given_x_row, given_x_column, given_y_row, given_y_column,
     METRIC: tl.constexpr, EXCLUDE: tl.constexpr, KEEP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     HAS_SUM: tl.constexpr, HAS_COLUMNS: tl.constexpr, SPLIT: tl.constexpr, ROUND: tl.constexpr,
     NEEDS_X: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -69,8 +73,7 @@ def weigh_scores_kernel(
     place = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = first_row + place
     in_rows = row < m
-    scale_value = tl.load(scale).to(ACC)
-    scale2 = scale_value * LOG2_E
+    slope = slope_of(tl.load(scale) * LOG2_E, METRIC).to(ACC)
     xs = tl.zeros([BLOCK_M], dtype=ACC)
     if METRIC != DOT:
         xs = tl.load(x_sqnorm + row, mask=in_rows, other=ABSENT_SQUARE)
@@ -83,8 +86,8 @@ def weigh_scores_kernel(
     row_id = first
     if KEEP != 0:
         row_id = tl.load(row_ids + row, mask=in_rows, other=0)
-    high, low, grad_lse, grad_entropy, entropy, grad_sum = load_row_gradients(
-        table, row, in_rows, m_all, HAS_ENTROPY, HAS_SUM
+    lse, grad_lse, grad_entropy, entropy, grad_sum = load_row_gradients(
+        table, row, in_rows, table_stride, HAS_ENTROPY, HAS_SUM
     )
     total = tl.zeros([BLOCK_M], dtype=tl.float64)
     exact_total = tl.zeros([BLOCK_M], dtype=tl.float64)
@@ -103,43 +106,44 @@ def weigh_scores_kernel(
             second[:, None], EXCLUDE, KEEP,
         )  # fmt: skip
         inverse = values
-        if METRIC == DOT:
-            t = scores_of(values, scale2, METRIC)
-        else:
-            ys = tl.load(y_sqnorm + column, mask=in_columns, other=0.0)
-            squared = tl.maximum(xs[:, None] + ys[None, :] - 2.0 * values, SMALLEST_SQUARE)
-            inverse = inverse_distance(squared, ACC)
-            t = scores_of(squared, scale2, METRIC)
-        t = tl.where(counts, t, float("-inf"))
-        if HAS_COLUMNS:
-            c_high, c_low, c_lse = load_column_gradients(column_table, column, in_columns, n)
         if METRIC != DOT:
-            limit = near_limit(xs, ys, scale2, METRIC, ACC)
-            if tl.max((tl.max(t, 1) > limit).to(tl.int32), 0) > 0:
+            ys = tl.load(y_sqnorm + column, mask=in_columns, other=0.0)
+            values = tl.maximum(xs[:, None] + ys[None, :] - 2.0 * values, SMALLEST_SQUARE)
+        if METRIC == L2:  # d²·rsqrt(d²) would have no value for infinity
+            inverse = inverse_distance(values, ACC)
+            values = tl.sqrt(values)
+        values = tl.where(counts, values, absent(METRIC))
+        if HAS_COLUMNS:
+            c_lse, c_grad_lse = load_column_gradients(
+                column_table, column, in_columns, column_table_stride
+            )
+        if METRIC != DOT:
+            limit = near_length(xs, tl.max(ys, 0), METRIC, ACC)
+            if tl.max((best_of(values, METRIC) < limit).to(tl.int32), 0) > 0:
                 near_weights = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
                 previous = tl.full([BLOCK_M], -1, dtype=tl.int32)
                 remain = True
                 while remain:  # one pair of every row at a time
-                    previous = next_near(t, limit, previous, BLOCK_N)
+                    previous = next_near(values, limit, previous, BLOCK_N)
                     found = (previous < BLOCK_N) & in_rows
                     partner = start + previous
                     direct = pair_squared_distances(
                         given_x, row, given_x_row, given_x_column, given_y, partner,
                         given_y_row, given_y_column, found, dim, ACC, BLOCK_M, 32,
                     )  # fmt: skip
-                    exact = scores_of(direct, scale2, METRIC)
+                    exact = slope * (tl.sqrt(direct) if METRIC == L2 else direct)
                     g = score_gradient(
-                        exact, high, low, grad_lse, grad_entropy, entropy, grad_sum,
+                        exact, lse, grad_lse, grad_entropy, entropy, grad_sum,
                         HAS_ENTROPY, HAS_SUM,
                     )  # fmt: skip
                     if HAS_COLUMNS:
-                        d_high, d_low, d_lse = load_column_gradients(
-                            column_table, partner, found, n
+                        d_lse, d_grad_lse = load_column_gradients(
+                            column_table, partner, found, column_table_stride
                         )
-                        g += tl.exp2((exact - d_high) - d_low) * d_lse
+                        g += tl.exp2(exact - d_lse) * d_grad_lse
                     apart = found & (direct != 0.0)  # the subgradient 0 at coincident points
                     nearness = inverse_distance(tl.where(apart, direct, 1.0), ACC)
-                    w = tl.where(apart, pair_weight(g, nearness, scale_value, METRIC), 0.0)
+                    w = tl.where(apart, pair_weight(g, nearness, METRIC), 0.0)
                     if NEEDS_X:
                         add_differences(
                             grad_x + row * dim, given_x, row, given_x_row, given_x_column,
@@ -148,19 +152,20 @@ def weigh_scores_kernel(
                     score_product += tl.where(found, g * exact, 0.0).to(tl.float64)
                     taken = tl.arange(0, BLOCK_N)[None, :] == previous[:, None]
                     near_weights = tl.where(taken, w[:, None], near_weights)
-                    t = tl.where(taken, float("-inf"), t)
+                    values = tl.where(taken, absent(METRIC), values)
                     remain = tl.max(found.to(tl.int32), 0) > 0
                 tl.store(dots + at, near_weights, mask=mask)
                 tile = tl.program_id(0).to(tl.int64) * tl.cdiv(n, BLOCK_N) + start // BLOCK_N
                 tl.store(flags + tile, 1)
+        t = slope * values
         g = score_gradient(
-            t, high[:, None], low[:, None], grad_lse[:, None], grad_entropy[:, None],
+            t, lse[:, None], grad_lse[:, None], grad_entropy[:, None],
             entropy[:, None], grad_sum[:, None], HAS_ENTROPY, HAS_SUM,
         )  # fmt: skip
         if HAS_COLUMNS:
-            g += tl.exp2((t - c_high[None, :]) - c_low[None, :]) * c_lse[None, :]
+            g += tl.exp2(t - c_lse[None, :]) * c_grad_lse[None, :]
         score_product += tl.sum(g * tl.maximum(t, -1e30), 1).to(tl.float64)
-        w = pair_weight(g, inverse, scale_value, METRIC)
+        w = pair_weight(g, inverse, METRIC)
         w = tl.where(counts, w, 0.0)
         exact_total += tl.sum(w, 1).to(tl.float64)
         if SPLIT:  # what is left over goes to a second product
@@ -177,7 +182,7 @@ def weigh_scores_kernel(
             tl.store(weights + at, w, mask=mask)
         total += tl.sum(w, 1).to(tl.float64)
     tl.store(weight_sum + row, total, mask=in_rows)
-    tl.store(weight_sum + m_all + row, exact_total, mask=in_rows)
+    tl.store(weight_sum + table_stride + row, exact_total, mask=in_rows)
     tl.store(product + row, score_product, mask=in_rows)
 
 
@@ -226,7 +231,9 @@ class Weights:
         (m, dim), n = operands.x.given.shape, operands.y.given.shape[0]
         self.x = tables[0].new_zeros((m, dim) if needs[0] else (0,))
         self.y = tables[0].new_zeros((n, dim) if needs[1] else (0,))
-        self.row_sums = tables[0].new_zeros(2, m, dtype=torch.float64)  # rounded, exact
+        self.row_sums = tables[0].new_zeros(
+            2, tables[0].shape[1], dtype=torch.float64
+        )  # rounded, exact
         self.product = self.row_sums.new_zeros(m)
         self.column_sum = self.row_sums.new_zeros(n)
 
@@ -244,7 +251,8 @@ class Weights:
         weigh_scores_kernel[(blocks,)](
             dots, weights, low, flags, x.sqnorm, y.sqnorm, x.given, y.given, operands.scale,
             *self.tensors, table, table if columns is None else columns, self.x, self.row_sums,
-            self.product, rows.start, rows.stop, table.shape[1], n, x.given.shape[1],
+            self.product, rows.start, rows.stop, table.shape[1], n,
+            0 if columns is None else columns.shape[1], x.given.shape[1],
             *x.given.stride(), *y.given.stride(),
             **self.options, HAS_ENTROPY=self.has_entropy, HAS_SUM=self.has_sum,
             HAS_COLUMNS=columns is not None, SPLIT=two, ROUND=operands.weight_rounding,
@@ -254,7 +262,7 @@ class Weights:
         parts = (weights, low) if two else (weights,)
         distances = self.options["METRIC"] != DOT.value
         if self.needs[0]:
-            found = sum_of(product(part, side, kind) for part in parts for side in _sides(y))
+            found = sum_of(product(part, side, kind) for part, side in _terms(parts, _sides(y)))
             if distances:
                 rounded, exact = self.row_sums[:, rows]
                 found = found - _points(x, rows) * rounded.to(found.dtype)[:, None]
@@ -263,9 +271,9 @@ class Weights:
                 found = found * ratio.to(found.dtype)[:, None]
             self.x[rows] += found
         if self.needs[1]:
+            for part, side in _terms(parts, _sides(x)):
+                add_product(self.y, part.T, side[rows], kind)
             for part in parts:
-                for side in _sides(x):
-                    add_product(self.y, part.T, side[rows], kind)
                 self.column_sum += part.sum(0, dtype=torch.float64)
             if distances:
                 near_columns_kernel[(tiles,)](
@@ -292,11 +300,8 @@ def blocks_of_products(operands: Operands, metric: str) -> Iterator[tuple[slice,
     """Blocks of rows with their dot products [R, N] in the accumulator dtype."""
     m, n = operands.x.given.shape[0], operands.y.given.shape[0]
     step = rows_of_block(n)
-    x_sides, y_sides = _sides(operands.x), _sides(operands.y)
-    # bfloat16 parts: low with low only where norms are subtracted, as in tiles.products.
-    pairs = [(a, b) for a in x_sides[::-1] for b in y_sides[::-1]]
-    if len(pairs) > 1 and metric == "dot":
-        pairs = pairs[1:]
+    # Low with low only where norms are subtracted, as in tiles.products.
+    pairs = _terms(_sides(operands.x), _sides(operands.y), every=metric != "dot")
     for start in range(0, m, step):
         rows = slice(start, min(start + step, m))
         yield rows, sum_of(product(a[rows], b.T, operands.kind) for a, b in pairs)
@@ -335,6 +340,14 @@ def sum_of(terms: Iterator[Tensor]) -> Tensor:
     for term in terms:
         total = total + term
     return total
+
+
+def _terms(
+    left: tuple[Tensor, ...], right: tuple[Tensor, ...], *, every: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of bfloat16 parts to multiply, small products first; low with low if ``every``."""
+    pairs = [(a, b) for a in left[::-1] for b in right[::-1]]
+    return pairs[1:] if len(left) == len(right) == 2 and not every else pairs
 
 
 def _sides(points: Points) -> tuple[Tensor, ...]:
