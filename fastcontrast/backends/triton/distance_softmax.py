@@ -54,7 +54,7 @@ from fastcontrast.backends.triton.row_statistics import (
     merge_splits_kernel,
     row_statistics_kernel,
 )
-from fastcontrast.backends.triton.row_table import fill_row_table, new_table, row_table
+from fastcontrast.backends.triton.row_table import empty_table, fill_row_table, row_table
 from fastcontrast.backends.triton.wide import Weights, blocks_of_products
 
 LN_2 = 0.6931471805599453
@@ -307,7 +307,7 @@ def _statistics_and_gradients(
     """Of a loss in one direction with weights a and b, from scores that a GEMM writes once."""
     a, b = of_losses
     out = empty_statistics(operands.x.given, score_sum=False, rank=False)
-    table = new_table(out.lse)
+    table = empty_table(out.lse)
     weights = _weights(operands, mask, (table, None), RowGradients(None, b, None), needs)
     sizes = _wide_sizes("statistics", operands)
     for rows, dots in blocks_of_products(operands, mask.metric):

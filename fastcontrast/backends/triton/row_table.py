@@ -72,7 +72,7 @@ def row_table_kernel(
         tl.store(left_out + table_stride + row, second, mask=in_table)
 
 
-def new_table(like: Tensor) -> Tensor:
+def empty_table(like: Tensor) -> Tensor:
     """A table for as many rows as ``like`` has, in its dtype, of padded length."""
     return like.new_empty(NUMBERS, triton.cdiv(like.shape[0], PADDING) * PADDING)
 
@@ -86,7 +86,7 @@ def row_table(
     columns: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """A new table and what :func:`fill_row_table` returns."""
-    table = new_table(statistics[0])
+    table = empty_table(statistics[0])
     return table, fill_row_table(table, statistics, grads, scale, metric, exclude, columns)
 
 
