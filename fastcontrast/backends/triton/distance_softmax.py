@@ -54,7 +54,7 @@ from fastcontrast.backends.triton.row_statistics import (
     merge_splits_kernel,
     row_statistics_kernel,
 )
-from fastcontrast.backends.triton.row_table import empty_table, fill_row_table, row_table
+from fastcontrast.backends.triton.row_table import empty_table, row_table, weight_times
 from fastcontrast.backends.triton.wide import Weights, blocks_of_products
 
 LN_2 = 0.6931471805599453
@@ -315,7 +315,7 @@ def _statistics_and_gradients(
         weight, entropy = (None if w is None else w[rows] for w in (a, b))
         grad_lse = sigmoid_weights(weight, _in_full(part), positive[rows])
         grads = RowGradients(grad_lse, entropy, None)
-        fill_row_table(table[:, rows], part[:3], grads, operands.scale, mask.metric)
+        row_table(part[:3], grads, operands.scale, mask.metric, out=table[:, rows])
         weights.add_block(rows, dots)
     return out, _with_scale(weights.result(), operands, mask, needs)
 
@@ -345,7 +345,7 @@ def _with_scale(
     if not needs[2]:
         return dx, dy, operands.scale.new_empty(0)
     scale = operands.scale.double()
-    of_scores = product.sum() * LN_2 / (scale * (2 if mask.metric == "sqeuclidean" else 1))
+    of_scores = product.sum() * LN_2 / (scale * weight_times(mask.metric))
     return dx, dy, (of_scores / scale).to(operands.scale.dtype)
 
 

@@ -130,6 +130,11 @@ class Operands(NamedTuple):
         )
 
 
+def padded(count: int) -> int:
+    """``count`` rounded up to PADDING."""
+    return triton.cdiv(count, PADDING) * PADDING
+
+
 def kind_of(dtype: torch.dtype, precision: str) -> str:
     """One of launch.KINDS for operands of a dtype at a precision."""
     if dtype == torch.float64:
@@ -176,7 +181,7 @@ def _points(
             low = torch.empty_strided(
                 values.shape, values.stride(), dtype=dtype, device=given.device
             )
-    programs = triton.cdiv(count, PADDING) * PADDING // BLOCK
+    programs = padded(count) // BLOCK
     sqnorm = torch.empty(programs * BLOCK, dtype=acc, device=given.device)
     largest = torch.empty(programs, dtype=acc, device=given.device)
     prepare_points_kernel[(programs,)](

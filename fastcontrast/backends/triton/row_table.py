@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcontrast.backends.scores import RowGradients
-from fastcontrast.backends.triton.operands import PADDING
+from fastcontrast.backends.triton.operands import padded
 from fastcontrast.backends.triton.tiles import LN_2, LOG2_E, load_excluded
 
 BLOCK = 128
@@ -72,9 +72,14 @@ def row_table_kernel(
         tl.store(left_out + table_stride + row, second, mask=in_table)
 
 
+def weight_times(metric: str) -> float:
+    """What ∂L/∂s times the scale is multiplied by in the weight of a pair, but for 1/d."""
+    return 2.0 if metric == "sqeuclidean" else 1.0
+
+
 def empty_table(like: Tensor) -> Tensor:
     """A table for as many rows as ``like`` has, in its dtype, of padded length."""
-    return like.new_empty(NUMBERS, triton.cdiv(like.shape[0], PADDING) * PADDING)
+    return like.new_empty(NUMBERS, padded(like.shape[0]))
 
 
 def row_table(
@@ -84,36 +89,26 @@ def row_table(
     metric: str,
     exclude: Tensor | None = None,
     columns: int = 0,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A new table and what :func:`fill_row_table` returns."""
-    table = empty_table(statistics[0])
-    return table, fill_row_table(table, statistics, grads, scale, metric, exclude, columns)
-
-
-def fill_row_table(
-    table: Tensor,
-    statistics: tuple[Tensor, Tensor, Tensor],
-    grads: RowGradients,
-    scale: Tensor,
-    metric: str,
-    exclude: Tensor | None = None,
-    columns: int = 0,
-) -> Tensor:
-    """Fill the table [NUMBERS, ...] of rows from (lse, lse_residual, entropy), and what multiplies.
+    """The table of rows from (lse, lse_residual, entropy) and what multiplies.
 
     Args:
-        table: A view of at least as many columns as there are rows; all are filled.
         statistics: Log-sum-exp, what rounding it left over, and entropies [M].
         grads: Gradients of the statistics.
         scale: On the device.
         metric: "l2", "sqeuclidean" or "dot".
         exclude: Excluded columns [M, E], int64.
         columns: N.
+        out: A view of a table to fill instead, of at least as many columns as there are rows.
 
     Returns:
-        The excluded columns [E, table.shape[1]] as int32, -1 where there is none.
+        The table, all of whose columns are filled, and the excluded columns [E, its columns] as
+        int32, -1 where there is none.
     """
     lse, lse_residual, entropy = statistics
+    table = empty_table(lse) if out is None else out
     count = 0 if exclude is None else exclude.shape[1]
     left_out = torch.empty(count, table.shape[1], dtype=torch.int32, device=table.device)
     of_lse, of_entropy, of_sum = (table if g is None else g.contiguous() for g in grads)
@@ -121,8 +116,8 @@ def fill_row_table(
         lse, lse_residual, entropy, of_lse, of_entropy, of_sum, scale,
         table if exclude is None else exclude, table, left_out,
         lse.shape[0], columns, table.stride(0), table.shape[1],
-        TIMES=2.0 if metric == "sqeuclidean" else 1.0, HAS_LSE=grads.lse is not None,
+        TIMES=weight_times(metric), HAS_LSE=grads.lse is not None,
         HAS_ENTROPY=grads.entropy is not None, HAS_SUM=grads.score_sum is not None,
         EXCLUDE=count, BLOCK=BLOCK,
     )  # fmt: skip
-    return left_out
+    return table, left_out
