@@ -77,7 +77,6 @@ class TestCompiled:
         from benchmarks import ahead_of_time
 
         text = (ROOT / "docs" / "triton_kernels.md").read_text()
-
         if f"Triton {library.__version__}." not in text:
             pytest.skip("docs/triton_kernels.md was written with another Triton")
         rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
@@ -145,7 +144,9 @@ def test_the_launch_table_is_whole() -> None:
                 dims = (1, 16, 33, 128, 129, launches.LARGEST_FUSED)
                 for dim, metric in itertools.product(dims, METRICS):
                     if not launches.is_fused(kernel, kind, dim, capability, metric):
-                        assert dim > 32, (capability, kernel, kind, dim)  # wide.py has it
+                        # wide.py has it; of float16 on 10.0 every size spills from 33 on.
+                        small = 32 if capability >= (10, 0) and kind == "float16" else 64
+                        assert dim > small, (capability, kernel, kind, dim)
                         continue
                     for many, symmetric in itertools.product((False, True), repeat=2):
                         sizes = launches.launch(
