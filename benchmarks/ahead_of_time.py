@@ -33,19 +33,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import patch_kernels
-from benchmarks.triton_launches import (
+from benchmarks.triton_entries import (
     BOTH_GRADIENTS,
     GIVEN_KINDS,
-    KERNELS,
     METRICS,
     TRIPLETS,
     Entry,
-    arguments,
     every_entry,
-    function_of,
-    launch_of,
+    metrics_of,
     patch_entries,
 )
+from benchmarks.triton_launches import KERNELS, arguments, function_of, launch_of
 from fastcontrast.backends.triton import launch as launches
 from fastcontrast.backends.triton.launch_table import SIZES
 
@@ -88,6 +86,7 @@ def subset() -> list[Entry]:
     ]
     found.append(Entry(90, "statistics", "bfloat16", 256, "dot", many=True))
     found.append(Entry(90, "gradients", "bf16x3", 128, "dot"))
+    found += [Entry(90, kernel, "bfloat16", 128, "cosine") for kernel in launches.KERNELS]
     found += [
         Entry(arch, kernel, kind, 128, "l2", many=True)
         for arch, kernel in itertools.product(launches.ARCHITECTURES, TRIPLETS)
@@ -103,6 +102,10 @@ def subset() -> list[Entry]:
         for arch, kernel in itertools.product(launches.ARCHITECTURES, patch_kernels.KERNELS)
         for entry in patch_entries(arch, kernel, 224, ("ieee",))
         if not entry.metric.endswith("reflected")
+    ]
+    found += [
+        Entry(90, kernel, "bfloat16", 0, "cosine")
+        for kernel in ("wide weights", "directions", "gradients of directions")
     ]
     return found + [
         Entry(90, kernel, "bfloat16" if kernel.startswith("wide") else "ieee", 0, "l2")
@@ -219,10 +222,11 @@ def document(found: dict[Entry, Resources], entries: int) -> str:
         "",
         "Written by `python -m benchmarks.ahead_of_time`; `tests/test_triton_compiled.py` compiles",
         "a part of it again. No GPU has run these: the table says what they take of one. Bytes of",
-        "stack are spilled registers. Where the metrics l2, sqeuclidean and dot differ, their",
-        "registers are given in this order; stack and shared memory are then the largest, resident",
-        "warps (of 64 that a multiprocessor holds at most) and matrix instructions the fewest. A",
-        "metric for which these sizes would spill has others, and a line of its own.",
+        "stack are spilled registers. Where the metrics l2, sqeuclidean, dot and, of half points,",
+        "cosine differ, their registers are given in this order; stack and shared memory are then",
+        "the largest, resident warps (of 64 that a multiprocessor holds at most) and matrix",
+        "instructions the fewest. A metric that these sizes do not suit has others, and a line of",
+        "its own.",
         "",
         f"{len(found)} of {entries} entries, compiled by Triton {triton.__version__}. Of these, "
         f"{sum(r.spilled > 0 for r in found.values())} spill.",
@@ -236,7 +240,7 @@ def document(found: dict[Entry, Resources], entries: int) -> str:
     ]
     groups: dict[Entry, list[Resources]] = {}
     for entry, resources in found.items():
-        merges = entry.metric in METRICS and not has_own_sizes(entry)
+        merges = entry.metric in metrics_of(entry.kind) and not has_own_sizes(entry)
         merged = entry._replace(metric="") if merges else entry
         groups.setdefault(merged, []).append(resources)
     for e, group in groups.items():
@@ -288,7 +292,7 @@ def name_of(entry: Entry) -> str:
 
 def has_own_sizes(entry: Entry) -> bool:
     """Whether the launch table has other sizes for the entry's metric than for l2."""
-    if entry.metric not in METRICS:
+    if entry.metric not in metrics_of(entry.kind):
         return False
     try:
         usual = launch_of(entry._replace(metric="l2"))
@@ -314,7 +318,7 @@ def main() -> None:
     parser.add_argument("--subset", action="store_true")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
     parser.add_argument("--kernel", help="only kernels whose name starts so; no document")
-    parser.add_argument("--metric", choices=METRICS, help="only this one; no document")
+    parser.add_argument("--metric", choices=(*METRICS, "cosine"), help="only this one; no document")
     options = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if options.subset:

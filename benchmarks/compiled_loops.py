@@ -24,15 +24,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import patch_kernels
-from benchmarks.triton_launches import (
+from benchmarks.triton_entries import (
     BOTH_GRADIENTS,
     BOTH_SIDES,
-    METRICS,
     Entry,
-    arguments,
-    function_of,
-    launch_of,
+    metrics_of,
 )
+from benchmarks.triton_launches import arguments, function_of, launch_of
 from fastcontrast.backends.triton.launch_table import SIZES
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -142,7 +140,7 @@ def _way(text: str) -> list[str]:
 def entries() -> Iterator[Entry]:
     """Of the targets' shapes: bfloat16, 128 dimensions; patches of uint8 images, as they are."""
     for arch in (80, 90):
-        for metric in METRICS:
+        for metric in metrics_of("bfloat16"):
             yield Entry(arch, "statistics", "bfloat16", 128, metric)
             yield Entry(arch, BOTH_SIDES, "bfloat16", 128, metric)
             if (arch, "gradients", "bfloat16", 128) in SIZES:

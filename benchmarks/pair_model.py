@@ -25,18 +25,22 @@ GIVEN_BYTES = {"ieee": 4, "tf32": 4, "bf16x3": 4, "bfloat16": 2, "float16": 2}
 SCORE_PRODUCTS = {"tf32": 2, "bf16x3": 4, "bfloat16": 1, "float16": 1, "ieee": 0}
 WEIGHT_PRODUCTS = {"tf32": 2, "bf16x3": 3, "bfloat16": 1, "float16": 2, "ieee": 0}
 # Of a score: (floats, integers and comparisons, special). The Gram identity: sum, product and sum
-# in one; the clamp; sqrt. (Masks and near pairs are for few tiles.)
-SCORE = {"l2": (2, 1, 1), "sqeuclidean": (2, 1, 0), "dot": (0, 0, 0)}
+# in one; the clamp; sqrt. "cosine": a factor. (Masks and near pairs are for few tiles.)
+SCORE = {"l2": (2, 1, 1), "sqeuclidean": (2, 1, 0), "dot": (0, 0, 0), "cosine": (1, 0, 0)}
 # row_statistics.py: times the slope less the maximum in one, exp2 times it and its sum in one, the
 # other sum; best of the row, FLOOR; exp2. For "dot" +inf is looked for.
-STATISTICS = {"l2": (3, 2, 1), "sqeuclidean": (3, 2, 1), "dot": (3, 4, 1)}
+STATISTICS = {
+    "l2": (3, 2, 1), "sqeuclidean": (3, 2, 1), "dot": (3, 4, 1), "cosine": (3, 2, 1),
+}  # fmt: skip
 # COLUMNS of it: the score, less the maximum, sum; rows that are there, maximum over them; exp2.
-OF_COLUMNS = {"l2": (3, 2, 1), "sqeuclidean": (3, 2, 1), "dot": (3, 4, 1)}
+OF_COLUMNS = STATISTICS
 # point_gradients.py, "l2": distance by its inverse (sum, product and sum in one, a factor, clamp;
 # rsqrt); tiles.score_gradient: log p in one, times the gradient; exp2; tiles.pair_weight: a factor;
 # tiles.weighted_rows: two sums, bits cut off, two packed by an instruction; best of the near test.
-# "dot" needs neither the sums nor what was rounded.
-GRADIENTS = {"l2": (8, 3.5, 2), "sqeuclidean": (6, 3.5, 1), "dot": (2, 0.5, 1)}
+# "dot" needs neither the sums nor what was rounded, "cosine" the factor and these.
+GRADIENTS = {
+    "l2": (8, 3.5, 2), "sqeuclidean": (6, 3.5, 1), "dot": (2, 0.5, 1), "cosine": (5, 1.5, 1),
+}  # fmt: skip
 # HAS_COLUMNS: log p of the column in one, times its gradient and added in one; exp2.
 OTHER_DIRECTION = (2, 0, 1)
 # Sums of a row go on in float64 once a tile: (operations, conversions). row_statistics.py: weighted
@@ -70,6 +74,12 @@ COMPILED: dict[tuple[int, str, str], tuple[float, float, float, float]] = {
     (80, "gradients of columns", "dot"): (14.6, 1.8, 2.7, 1.0),
     (80, "gradients of rows, symmetric", "dot"): (20.9, 2.4, 5.1, 2.0),
     (80, "gradients of columns, symmetric", "dot"): (20.9, 2.1, 5.2, 2.0),
+    (80, "statistics", "cosine"): (17.7, 4.5, 5.8, 1.6),
+    (80, "statistics of both sides", "cosine"): (36.2, 10.0, 11.1, 3.2),
+    (80, "gradients of rows", "cosine"): (20.4, 2.7, 6.5, 1.2),
+    (80, "gradients of columns", "cosine"): (21.8, 2.8, 6.7, 1.2),
+    (80, "gradients of rows, symmetric", "cosine"): (27.8, 3.2, 9.8, 2.5),
+    (80, "gradients of columns, symmetric", "cosine"): (28.4, 3.2, 9.6, 2.5),
     (90, "statistics", "l2"): (16.5, 5.3, 6.7, 2.2),
     (90, "statistics of both sides", "l2"): (37.4, 11.9, 12.6, 3.2),
     (90, "gradients of rows", "l2"): (23.2, 6.1, 9.0, 2.2),
@@ -88,6 +98,12 @@ COMPILED: dict[tuple[int, str, str], tuple[float, float, float, float]] = {
     (90, "gradients of columns", "dot"): (10.7, 1.7, 2.3, 1.0),
     (90, "gradients of rows, symmetric", "dot"): (16.5, 2.3, 4.6, 2.0),
     (90, "gradients of columns, symmetric", "dot"): (16.8, 2.2, 4.7, 2.0),
+    (90, "statistics", "cosine"): (12.4, 3.8, 5.4, 1.2),
+    (90, "statistics of both sides", "cosine"): (32.6, 10.0, 10.7, 2.2),
+    (90, "gradients of rows", "cosine"): (14.8, 2.7, 6.4, 1.1),
+    (90, "gradients of columns", "cosine"): (16.6, 2.7, 6.4, 1.1),
+    (90, "gradients of rows, symmetric", "cosine"): (23.1, 3.3, 8.8, 2.2),
+    (90, "gradients of columns, symmetric", "cosine"): (23.4, 3.4, 8.8, 2.2),
 }
 
 
@@ -98,7 +114,7 @@ class Shape(NamedTuple):
         m: Rows.
         n: Columns.
         dim: Dimensions.
-        metric: "l2", "sqeuclidean" or "dot".
+        metric: "l2", "sqeuclidean", "dot" or, of half points, "cosine".
         kind: One of launch.KINDS but "float64".
     """
 
@@ -230,16 +246,18 @@ def gradients(shape: Shape, device: Device, *, rows: bool, both: bool = False) -
     return Launch(name, counts, more_of(counts, made))
 
 
-def around(shape: Shape, cosine: bool) -> Launch:
+def around(shape: Shape) -> Launch:
     """What is done beside the pairs: norms, positives, gradients added and rounded; O(M·D)."""
     size, sides = GIVEN_BYTES[shape.kind], float(shape.m + shape.n) * shape.dim
-    # operands.py: norms. pairs.py: values, then for either side points of both, gradients read and
-    # written. ops/softmax_loss.py: gradients read, scaled and written, read and rounded.
-    moved = sides * ((size if shape.metric != "dot" else 0) + size + 2 * size + 8 + 12 + size)
+    # operands.py: norms; directions.py: points read twice more and written. pairs.py: values, then
+    # for either side points of both, gradients read and written. ops/softmax_loss.py: gradients
+    # read, scaled and written, read and rounded.
+    norms = {"dot": 0, "cosine": 3 * size}.get(shape.metric, size)
+    moved = sides * (norms + size + 2 * size + 8 + 12 + size)
     if shape.kind in ("tf32", "bf16x3"):  # points centred and rounded are written
         moved += sides * OPERAND_BYTES[shape.kind]
-    if cosine:  # ops/normalized.py, in float32: ten passes forward, nine backward
-        moved += 19 * 4 * sides
+    if shape.metric == "cosine":  # directions.py: points and gradients read twice, these written
+        moved += (2 * size + 3 * 4) * sides
     return Launch("norms, positives, sums", Counts(memory=moved))
 
 
@@ -314,15 +332,13 @@ def wide_gradients(shape: Shape, device: Device, *, both: bool = False) -> list[
     ]
 
 
-def loss(
-    shape: Shape, device: Device, *, symmetric: bool = False, cosine: bool = False
-) -> list[Launch]:
+def loss(shape: Shape, device: Device, *, symmetric: bool = False) -> list[Launch]:
     """Launches of `softmax_loss` with both gradients, positives on the diagonal."""
     fused = {
         kernel: is_fused(kernel, shape.kind, shape.dim, device.capability, shape.metric)
         for kernel in ("statistics", "gradients")
     }
-    found = [around(shape, cosine)]
+    found = [around(shape)]
     if not (symmetric or fused["gradients"]):  # from the same scores: _statistics_and_gradients
         return found + wide_statistics(shape, device) + wide_gradients(shape, device)
     if not fused["statistics"]:

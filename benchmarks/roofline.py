@@ -57,17 +57,12 @@ def loss_job(
     metric: str, dim: int, goals: tuple[float, ...] = (), *, symmetric: bool = False
 ) -> Job:
     """A loss of bfloat16 points, M = N = POINTS; symmetric ones have statistics of both sides."""
-    cosine = metric == "cosine"
     facts = {
         "job": "losses", "kind": "symmetric" if symmetric else "one direction", "metric": metric,
         "rows": POINTS, "dim": dim, "dtype": "bfloat16", "precision": "auto", "device": "cuda",
     }  # fmt: skip
-    # Half rows are normalised in float32, and multiplied as two bfloat16 terms (ops/precision.py).
-    kind = "bf16x3" if cosine else "bfloat16"
-    shape = Shape(POINTS, POINTS, dim, "dot" if cosine else metric, kind)
-    launches = {
-        d.name: pair_model.loss(shape, d, symmetric=symmetric, cosine=cosine) for d in DEVICES
-    }
+    shape = Shape(POINTS, POINTS, dim, metric)
+    launches = {d.name: pair_model.loss(shape, d, symmetric=symmetric) for d in DEVICES}
     name = f"{'symmetric ' if symmetric else ''}{metric}, D = {dim}"
     return Job(name, facts, launches, CALLS["triton"], 4.0 * POINTS**2 * dim, goals)
 
@@ -81,7 +76,7 @@ def losses() -> Iterator[Job]:
         yield loss_job(metric, dim)
     for metric in ("sqeuclidean", "dot", "cosine"):
         yield loss_job(metric, 512, wide)
-    for metric in ("l2", "dot"):
+    for metric in ("l2", "dot", "cosine"):
         yield loss_job(metric, 128, symmetric=True)
 
 
@@ -206,7 +201,7 @@ def symmetric_table() -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     shape = Shape(POINTS, POINTS, 128)
-    for metric in ("l2", "dot"):
+    for metric in ("l2", "dot", "cosine"):
         one, both = loss_job(metric, 128), loss_job(metric, 128, symmetric=True)
         for device in DEVICES:
             low, high = (total(job.launches[device.name], device, job.calls) for job in (one, both))
@@ -288,8 +283,9 @@ gradients of the rows and {loop["gradients of columns"]:.0f} in those of the col
   Blocks of {4 * pair_model.wide.BLOCK_SCORES >> 20} MiB outgrow the L2 cache: scores cross the \
 memory three times, weights
   four times, and the gradient of all columns twice for every block.
-* **cosine** of half points: they are normalised in float32 and multiplied as two bfloat16 terms,
-  three products for one.
+* **cosine** of half points: they are multiplied as they come, and the inverse norms are taken into
+  the scores and weights. Weights are rounded as those of distances are, so that sums are taken of
+  them as well.
 * **A100**: with tiles of 16 columns, operands of products are read from shared memory for longer
   than they are multiplied.
 * **RTX 4090**: with such tiles, sums that go on in float64 take a quarter of the products' time.

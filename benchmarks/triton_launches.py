@@ -1,23 +1,22 @@
-"""Every launch of the Triton kernels, as a compiler wants it: constants, types, sizes, options.
+"""Launches of the Triton kernels as a compiler wants them: constants, types, sizes, options.
 
 Read by ahead_of_time.py, which compiles them for GPUs that are not here, and by tune.py. A kernel
-that is added gets an entry in KERNELS and a line in :func:`every_entry`.
+that is added gets an entry in KERNELS here, and a line in triton_entries.every_entry.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton.language as tl
 
 from benchmarks import patch_kernels
+from benchmarks.triton_entries import BOTH_GRADIENTS, BOTH_SIDES, TRIPLETS, Entry
+from fastcontrast.backends.triton import directions, mask, operands, pairs, row_table, wide
 from fastcontrast.backends.triton import launch as launches
-from fastcontrast.backends.triton import operands, pairs, row_table, wide
 from fastcontrast.backends.triton.distance_softmax import MERGE_BLOCK
 from fastcontrast.backends.triton.launch import Launch
-from fastcontrast.backends.triton.launch_table import SIZES, SIZES_OF_METRIC
 from fastcontrast.backends.triton.nearest import nearest_kernel
 from fastcontrast.backends.triton.point_gradients import point_gradients_kernel
 from fastcontrast.backends.triton.row_statistics import (
@@ -34,16 +33,6 @@ from fastcontrast.backends.triton.triplet_distances import (
     triplet_tile,
 )
 
-METRICS = ("l2", "sqeuclidean", "dot")
-# Kinds whose points are of different dtypes, as kernels without products see them.
-GIVEN_KINDS = ("float64", "ieee", "bfloat16", "float16")
-# Of symmetric losses: statistics of rows and columns from the same tiles, and gradients.
-BOTH_SIDES = "statistics of both sides"
-BOTH_GRADIENTS = "gradients of both directions"
-TRIPLETS = ("triplets forward", "triplets backward")
-TRIPLET_DIMS = (32, 128, 1024)
-PATCH_KINDS = ("float64", "ieee", "bfloat16")
-PATCH_SIDES = (32, 224)
 # Triton's names of the dtypes of (operands, points as given, sums) of each kind.
 DTYPES = {
     "float64": ("fp64", "fp64", "fp64"),
@@ -56,28 +45,6 @@ DTYPES = {
 ROUNDING = {"bfloat16": "bf16", "bf16x3": "bf16", "tf32": "tf32", "float16": "tf32"}
 
 
-class Entry(NamedTuple):
-    """One compilation.
-
-    Attributes:
-        architecture: One of launch.ARCHITECTURES.
-        kernel: One of KERNELS, or of patch_kernels.KERNELS.
-        kind: One of launch.KINDS.
-        dim: A class of dimensions; 0 where the kernel is the same for all.
-        metric: One of METRICS; for patches one of patch_kernels.METHODS.
-        rows: Whether the gradients are those of the rows.
-        many: With all options.
-    """
-
-    architecture: int
-    kernel: str
-    kind: str
-    dim: int
-    metric: str
-    rows: bool = True
-    many: bool = False
-
-
 class Kernel(NamedTuple):
     """A kernel, the constants of an entry, and Triton's types of arguments by name.
 
@@ -88,52 +55,6 @@ class Kernel(NamedTuple):
     function: Any
     constants: Callable[[Entry, Launch], dict[str, Any]]
     types: dict[str, tuple[str, ...]]
-
-
-def every_entry() -> Iterator[Entry]:
-    """All that can be launched."""
-    both, architectures = (False, True), launches.ARCHITECTURES
-    keys = [(*key, metric) for key in SIZES for metric in METRICS]
-    keys += [key for key in SIZES_OF_METRIC if key[:4] not in SIZES]
-    for (arch, kernel, kind, dim, metric), many in itertools.product(keys, both):
-        if kernel == "nearest":  # nor do its kernels know l2 from sqeuclidean
-            if metric != "sqeuclidean":
-                yield Entry(arch, "nearest limits", kind, dim, metric, many=many)
-                yield Entry(arch, "nearest candidates", kind, dim, metric, many=many)
-            continue
-        yield Entry(arch, kernel, kind, dim, metric, True, many)
-        if kernel == "statistics" and not many:
-            yield Entry(arch, BOTH_SIDES, kind, dim, metric)
-        if kernel == "gradients":
-            yield Entry(arch, kernel, kind, dim, metric, False, many)
-            yield Entry(arch, BOTH_GRADIENTS, kind, dim, metric, True, many)
-            yield Entry(arch, BOTH_GRADIENTS, kind, dim, metric, False, many)
-    for arch in architectures:
-        for kind, metric, many in itertools.product(launches.KINDS, METRICS, both):
-            yield Entry(arch, "wide statistics", kind, 0, metric, many=many)
-            yield Entry(arch, "wide weights", kind, 0, metric, many=many)
-        for kind, metric in itertools.product(launches.KINDS, METRICS):
-            yield Entry(arch, "points", kind, 0, metric)
-        for kind, metric in itertools.product(GIVEN_KINDS, METRICS):
-            yield Entry(arch, "add pairs", kind, 0, metric)
-            yield Entry(arch, "wide near columns", kind, 0, metric)
-            for many in both:
-                yield Entry(arch, "pair values", kind, 0, metric, many=many)
-        for kind, many in itertools.product(("float64", "ieee"), both):
-            yield Entry(arch, "merge of splits", kind, 0, "l2", many=many)
-            yield Entry(arch, "row table", kind, 0, "l2", many=many)
-        for kernel, kind, dim, metric, many in itertools.product(
-            TRIPLETS, GIVEN_KINDS, TRIPLET_DIMS, METRICS[:2], both
-        ):
-            yield Entry(arch, kernel, kind, dim, metric, many=many)
-        for kernel, side in itertools.product(patch_kernels.KERNELS, PATCH_SIDES):
-            yield from patch_entries(arch, kernel, side, PATCH_KINDS)
-
-
-def patch_entries(arch: int, kernel: str, side: int, kinds: tuple[str, ...]) -> Iterator[Entry]:
-    """A kernel of patches of one size, plain and with all options."""
-    for how, kind in itertools.product(patch_kernels.METHODS[kernel], kinds):
-        yield Entry(arch, kernel, kind, side, how, many=how != "plain")
 
 
 def function_of(entry: Entry) -> Any:
@@ -174,7 +95,7 @@ def _acc(entry: Entry) -> Any:
 def _metric_and_mask(entry: Entry) -> dict[str, Any]:
     many = entry.many
     return {
-        "METRIC": METRICS.index(entry.metric),
+        "METRIC": mask.METRICS.index(entry.metric),
         "EXCLUDE": 2 if many else 1,
         "KEEP": 1 if many else 0,
         "ACC": _acc(entry),
@@ -273,6 +194,10 @@ def _points(entry: Entry, sizes: Launch) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _directions(entry: Entry, sizes: Launch) -> dict[str, Any]:
+    return {"BLOCK": sizes.block, "CHUNK": sizes.other}
+
+
 def _triplets(entry: Entry, sizes: Launch) -> dict[str, Any]:
     """Distances alone, or with ``many`` the difference with swap; contiguous columns."""
     many = entry.many
@@ -300,7 +225,7 @@ _GIVEN_STRIDES = tuple(
 _STATISTICS_TYPES = {
     "operand": ("x", "x_low", "y", "y_low"),
     "given": ("given_x", "given_y"),
-    "acc": ("x_sqnorm", "y_sqnorm", "y_largest", "scale", "threshold", "column_state"),
+    "acc": ("x_norm", "y_norm", "y_largest", "scale", "threshold", "column_state"),
     "i32": ("row_ids", "column_ids"),
     "i64": ("exclude", "counts"),
     "fp64": ("state",),
@@ -321,7 +246,7 @@ KERNELS = {
         "operand": ("own", "own_low", "other", "other_low"),
         "given": ("given_own", "given_other"),
         "acc": (
-            "own_sqnorm", "other_sqnorm", "other_largest", "scale", "table", "column_table", "grad",
+            "own_norms", "other_norms", "other_largest", "scale", "table", "column_table", "grad",
         ),
         "i32": ("own_ids", "other_ids", "left_out"),
         "fp64": ("product",),
@@ -354,7 +279,7 @@ KERNELS = {
     "wide weights": Kernel(wide.weigh_scores_kernel, _weights, {
         "weight": ("weights", "weights_low"),
         "given": ("given_x", "given_y"),
-        "acc": ("dots", "x_sqnorm", "y_sqnorm", "scale", "table", "column_table", "grad_x"),
+        "acc": ("dots", "x_norm", "y_norm", "scale", "table", "column_table", "grad_x"),
         "i8": ("flags",),
         "i32": ("row_ids", "column_ids"),
         "i64": ("exclude",),
@@ -381,6 +306,13 @@ KERNELS = {
         "operand": ("out", "out_low"), "given": ("points",), "acc": ("mean", "sqnorm", "largest"),
         "int64": ("row_stride", "column_stride"),
     }),
+    "directions": Kernel(directions.stretch_kernel, _directions, {
+        "given": ("points", "out"), "acc": ("inverse_norms", "powers"),
+        "int64": ("row_stride", "column_stride"),
+    }),
+    "gradients of directions": Kernel(directions.turn_kernel, _directions, {
+        "given": ("points",), "acc": ("grad", "inverse_norms", "powers"),
+    }),
     "triplets forward": Kernel(triplet_forward_kernel, _triplets, _TRIPLET_TYPES),
     "triplets backward": Kernel(triplet_backward_kernel, _triplets, _TRIPLET_TYPES),
 }  # fmt: skip
@@ -391,10 +323,12 @@ OWN_SIZES = {
     "pair values": (pairs.BLOCK, pairs.CHUNK),
     "add pairs": (pairs.OWNERS, pairs.CHUNK),
     "points": (operands.BLOCK, operands.CHUNK),
+    "directions": (directions.BLOCK, directions.CHUNK),
+    "gradients of directions": (directions.BLOCK, directions.CHUNK),
 }
 # Sizes that a call makes multiples of 16, or usually finds to be such.
 ALIGNED = (
-    "x_stride", "y_stride", "own_stride", "other_stride", "out_stride", "dim",
+    "x_stride", "y_stride", "own_stride", "other_stride", "out_stride", "stride", "dim",
     "table_stride", "column_table_stride",
     "a_row", "p_row", "n_row", *patch_kernels.ALIGNED,
 )  # fmt: skip

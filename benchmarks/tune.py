@@ -21,7 +21,12 @@ import torch
 import triton
 
 from benchmarks.ahead_of_time import compiled, problem
-from benchmarks.triton_launches import BOTH_GRADIENTS, BOTH_SIDES, METRICS, Entry
+from benchmarks.triton_entries import (
+    BOTH_GRADIENTS,
+    BOTH_SIDES,
+    Entry,
+    metrics_of,
+)
 from fastcontrast import distance_softmax
 from fastcontrast.backends.triton import distance_softmax as entries
 from fastcontrast.backends.triton import launch as launches
@@ -77,7 +82,7 @@ def fits(entry: Entry, sizes: launches.Launch, metrics: tuple[str, ...] = ("l2",
 def largest_tile(entry: Entry, sizes: launches.Launch, most: int) -> int:
     """Points of the largest tile that fits with every metric, ``most`` or a half of it; or 0."""
     for tile in (most >> k for k in range(4) if most >> k >= 16):
-        if fits(entry, sizes._replace(other=tile), METRICS):
+        if fits(entry, sizes._replace(other=tile), metrics_of(entry.kind)):
             return tile
     return 0
 
@@ -158,7 +163,7 @@ def main() -> None:
             # With other metrics the same program must not spill either, nor with all options, if
             # with smaller tiles.
             entry = Entry(arch, kernel, kind, dim, "l2")
-            if not fits(entry, best, METRICS):
+            if not fits(entry, best, metrics_of(kind)):
                 continue
             many = largest_tile(entry._replace(many=True), best, best.other_many)
             if kernel == "gradients" and many:  # with all options of a symmetric loss, too

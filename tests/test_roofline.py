@@ -88,7 +88,8 @@ LOOPS = [
 COUNT = """
 import json, sys, triton
 from benchmarks.compiled_loops import loop_of
-from benchmarks.triton_launches import Entry, launch_of
+from benchmarks.triton_entries import Entry
+from benchmarks.triton_launches import launch_of
 found = []
 for arch, kernel, metric, rows in json.loads(sys.argv[1]):
     entry = Entry(arch, kernel, "bfloat16", 128, metric, rows)

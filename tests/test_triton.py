@@ -45,10 +45,10 @@ def assert_conforms(c: Case, dtype: torch.dtype, metric: str, layout: str = "con
 @pytest.mark.parametrize("metric", METRICS)
 def test_splits_of_the_other_side(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few owners: several programs share the other side, and their parts are merged."""
-    from fastcontrast.backends.triton import distance_softmax as module
+    from fastcontrast.backends.triton import call
 
-    monkeypatch.setattr(module, "PROGRAMS_PER_PROCESSOR", 1000)
-    monkeypatch.setattr(module, "TILES_PER_SPLIT", 1)
+    monkeypatch.setattr(call, "PROGRAMS_PER_PROCESSOR", 1000)
+    monkeypatch.setattr(call, "TILES_PER_SPLIT", 1)
     assert_conforms(case("ragged", "different and diagonal", torch.float32), torch.float32, metric)
 
 
@@ -116,6 +116,7 @@ def test_both_directions(
     bytes_of_columns: int, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Columns from the rows' tiles, of three row blocks and several splits, or by themselves."""
+    from fastcontrast.backends.triton import call
     from fastcontrast.backends.triton import distance_softmax as module
 
     launches: list[int] = []
@@ -127,8 +128,8 @@ def test_both_directions(
 
     monkeypatch.setattr(module, "_launch_statistics", counted)
     monkeypatch.setattr(module, "COLUMN_BYTES", bytes_of_columns)
-    monkeypatch.setattr(module, "PROGRAMS_PER_PROCESSOR", 1000)
-    monkeypatch.setattr(module, "TILES_PER_SPLIT", 2)
+    monkeypatch.setattr(call, "PROGRAMS_PER_PROCESSOR", 1000)
+    monkeypatch.setattr(call, "TILES_PER_SPLIT", 2)
     x, y = torch.randn(141, 20), torch.randn(150, 20)
     y[:4] = x[1:5] + 1e-4  # near pairs
     y[140] = 20.0  # no score of this column is near its rows' largest
@@ -296,3 +297,103 @@ def test_numbers_of_rows_beside_float64(metric: str) -> None:
     found = u.exp2() * (g_lse - g_entropy * (u * math.log(2) + h)) + g_sum
     # One rounding of float32 in each of a few factors.
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["fused", "wide"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Scores by a kernel, or by GEMMs in three blocks of rows."""
+    from fastcontrast.backends.triton import launch, wide
+
+    if request.param == "wide":
+        monkeypatch.setattr(launch, "LARGEST_FUSED", 0)
+        monkeypatch.setattr(wide, "BLOCK_SCORES", 131 * 24)
+        monkeypatch.setattr(wide, "LEAST_ROWS", 1)
+    return request.param
+
+
+class TestCosinesOfHalfPoints:
+    """Their norms are in the scores, not in the points."""
+
+    @pytest.mark.parametrize("dtype", HALVES, ids=str)
+    @pytest.mark.parametrize("mask", ["two excluded", "same"])
+    def test_the_op(self, mask: str, dtype: torch.dtype, way: str) -> None:
+        assert_conforms(case("ragged", mask, dtype), dtype, "cosine")
+
+    @pytest.mark.parametrize("layout", ["transposed", "sliced"])
+    def test_strides(self, layout: str) -> None:
+        assert_conforms(case("ragged", "all", torch.float16), torch.float16, "cosine", layout)
+
+    @pytest.mark.parametrize("dtype", HALVES, ids=str)
+    @pytest.mark.parametrize("symmetric", [False, True])
+    def test_points_with_much_in_common(
+        self, symmetric: bool, dtype: torch.dtype, way: str
+    ) -> None:
+        """Of weights that were rounded, what all points have in common would be the error."""
+        x, y = ((torch.randn(70, 40) + 10).to(dtype) for _ in range(2))
+        found = []
+        for kind, backend in ((dtype, "triton"), (torch.float64, "reference")):
+            a, b = x.to(kind).requires_grad_(), y.to(kind).requires_grad_()
+            t = torch.tensor(0.1, requires_grad=True)
+            loss = fc.info_nce_loss(
+                a, b, metric="cosine", symmetric=symmetric, temperature=t, backend=backend
+            )
+            found.append([loss, *torch.autograd.grad(loss, [a, b, t])])
+        floors = (VALUE_FLOOR[dtype], GRADIENT_FLOOR[dtype], GRADIENT_FLOOR[dtype])
+        for mine, true, floor in zip(*(f[:3] for f in found), floors, strict=True):
+            assert relative_error(mine, true) < floor
+        # Of the scale: Σ ∂L/∂s · s, in which all scores have as much in common.
+        assert relative_error(found[0][3], found[1][3]) < 1e-2
+
+    @pytest.mark.parametrize("size", [1e-30, 1e30])
+    def test_any_size_of_point(self, size: float) -> None:
+        """Squares would vanish or overflow; and the gradient is as large as the point is small."""
+        x, y = (torch.randn(20, 24) * size).bfloat16(), torch.randn(20, 24).bfloat16()
+        found = []
+        for kind, backend in ((torch.bfloat16, "triton"), (torch.float64, "reference")):
+            a, b = x.to(kind).requires_grad_(), y.to(kind)
+            loss = fc.info_nce_loss(a, b, metric="cosine", temperature=0.2, backend=backend)
+            found.append([loss, *torch.autograd.grad(loss, [a])])
+        assert relative_error(found[0][0], found[1][0]) < VALUE_FLOOR[torch.bfloat16]
+        assert relative_error(found[0][1], found[1][1]) < GRADIENT_FLOOR[torch.bfloat16]
+
+    def test_zero_vectors(self, way: str) -> None:
+        """Their cosines and their gradients are 0, and nobody else's differ by that."""
+        x, y = torch.randn(20, 24).half(), torch.randn(20, 24).half()
+        x[3] = y[5] = 0
+        found = []
+        for kind, backend in ((torch.float16, "triton"), (torch.float64, "reference")):
+            a, b = x.to(kind).requires_grad_(), y.to(kind).requires_grad_()
+            loss = fc.info_nce_loss(a, b, metric="cosine", temperature=0.2, backend=backend)
+            found.append([loss, *torch.autograd.grad(loss, [a, b])])
+        for mine, true in zip(*found, strict=True):
+            assert relative_error(mine, true) < GRADIENT_FLOOR[torch.float16]
+        assert not found[0][1][3].any()
+        assert not found[0][2][5].any()
+
+    def test_differentiated_twice(self) -> None:
+        found = []
+        for kind, backend in ((torch.bfloat16, "triton"), (torch.float64, "reference")):
+            torch.manual_seed(3)
+            x, y = torch.randn(9, 8).bfloat16(), torch.randn(12, 8).bfloat16()
+            a, b = x.to(kind).requires_grad_(), y.to(kind).requires_grad_()
+            loss = fc.info_nce_loss(a, b, metric="cosine", temperature=0.5, backend=backend)
+            (grad,) = torch.autograd.grad(loss, a, create_graph=True)
+            found.append(torch.autograd.grad(grad.double().square().sum(), [a, b]))
+        for mine, true in zip(*found, strict=True):
+            # The first gradient is rounded, and so is what the second makes of it.
+            assert relative_error(mine, true) < 2 * GRADIENT_FLOOR[torch.bfloat16]
+
+    @pytest.mark.parametrize("dtype", HALVES, ids=str)
+    def test_of_rows_that_are_columns_too(self, dtype: torch.dtype) -> None:
+        """The two gradients of a point are added before they are rounded."""
+        views = torch.randn(2, 25, 16).to(dtype)
+        found = []
+        for kind, backend in ((dtype, "triton"), (torch.float64, "reference")):
+            a = views.to(kind).requires_grad_()
+            loss = fc.nt_xent_loss(*a, temperature=0.3, backend=backend)
+            found.append([loss, *torch.autograd.grad(1024 * loss, a)])
+        assert relative_error(found[0][0], found[1][0]) < VALUE_FLOOR[dtype]
+        assert relative_error(found[0][1], found[1][1]) < GRADIENT_FLOOR[dtype]

@@ -99,6 +99,11 @@ def has(backend: str, function: str) -> bool:
     return hasattr(BACKENDS[backend], function)
 
 
+def takes_cosine(backend: str, dtype: torch.dtype) -> bool:
+    """Whether ``backend`` knows "cosine" of such points; others see "dot" of unit rows."""
+    return dtype in getattr(BACKENDS[backend], "COSINES", ())
+
+
 def run(backend: str, function: str, tensor: Tensor, *args: Any) -> Any:
     """Call a kernel entry of ``backend`` on the tensor's GPU, if it is on one.
 

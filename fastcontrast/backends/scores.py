@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-METRICS = ("l2", "sqeuclidean", "dot")
+DISTANCES = ("l2", "sqeuclidean")
+SIMILARITIES = ("dot", "cosine")
+METRICS = (*DISTANCES, "dot")
 KEEPS = ("all", "same", "different")
 PRECISIONS = ("ieee", "tf32", "bf16x3", "bf16")
 
@@ -20,7 +22,8 @@ class Scores(NamedTuple):
 
     Attributes:
         metric: One of :data:`METRICS`; ``s = -scale d``, ``-scale d²`` or ``scale x·y``. Or
-            "cosine", which `nearest` alone is handed.
+            "cosine", which `nearest` is handed, and a backend that :func:`takes_cosine` of such
+            points.
         scale: Positive number or 0-dim tensor.
         exclude: Columns left out of each row, [M, E] with E <= 2; values outside 0..N-1 name none.
         row_ids: Integers [M], or None when ``keep`` is "all".

@@ -13,8 +13,6 @@ from fastcontrast.losses.memory_queue import MemoryQueue, with_entries
 from fastcontrast.ops.checks import check_choice, check_pairs, check_scale
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
 from fastcontrast.ops.distance_softmax import accumulator_dtype
-from fastcontrast.ops.normalized import normalized
-from fastcontrast.ops.precision import of_widened
 from fastcontrast.ops.ranks import Ranks
 from fastcontrast.ops.reduction import REDUCTIONS
 
@@ -82,12 +80,10 @@ def clip_loss(
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
         logit_scale = logit_scale.to(accumulator_dtype(dtype))
     texts = with_entries(text_features, queue)
-    if normalize:
-        precision = of_widened(precision, image_features, texts)
-        image_features, texts = normalized(image_features), normalized(texts)
+    metric = "cosine" if normalize else "dot"
     target = torch.arange(image_features.shape[0], device=image_features.device)
     return contrast_loss(
-        Candidates(image_features, texts, target, None, None, None, "dot", logit_scale),
+        Candidates(image_features, texts, target, None, None, None, metric, logit_scale),
         symmetric=True,
         all_pay=True,
         reweighting=reweighting,

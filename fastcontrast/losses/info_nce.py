@@ -19,8 +19,6 @@ from fastcontrast.ops.checks import (
     inverse_temperature,
 )
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
-from fastcontrast.ops.normalized import normalized
-from fastcontrast.ops.precision import of_widened
 from fastcontrast.ops.ranks import Ranks
 from fastcontrast.ops.reduction import REDUCTIONS
 
@@ -147,11 +145,6 @@ def info_nce_loss(
     positive = None if in_batch else key
     columns = with_entries(key if in_batch else key[:0], queue, shared)
     resident = 0 if queue is None else len(queue)
-    if metric == "cosine":
-        precision = of_widened(precision, query, columns)
-        query, columns, metric = normalized(query), normalized(columns), "dot"
-        positive = None if positive is None else normalized(positive)
-        own = None if own is None else normalized(own.flatten(0, 1)).view(own.shape)
     return contrast_loss(
         Candidates(query, columns, target, None, positive, own, metric, scale, resident),
         symmetric=symmetric,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fastcontrast.losses.memory_queue import MemoryQueue, with_entries
 from fastcontrast.ops.checks import METRICS, check_choice, check_pairs, inverse_temperature
 from fastcontrast.ops.contrast_loss import Candidates, Reweighting, contrast_loss
-from fastcontrast.ops.normalized import normalized
 from fastcontrast.ops.precision import of_widened
 from fastcontrast.ops.ranks import Ranks
 from fastcontrast.ops.reduction import REDUCTIONS
@@ -82,16 +81,11 @@ def nt_xent_loss(
     reweighting.check()
     m = view1.shape[0]
     rows = torch.cat([view1, view2])
-    if rows.dtype in (torch.float16, torch.bfloat16):
+    further = queue is not None or ranks is not None
+    if further and rows.dtype in (torch.float16, torch.bfloat16):
         # Every row is a column too: its two gradients are added before they are rounded.
         rows, precision = rows.float(), of_widened(precision, rows)
-    if metric == "cosine":
-        rows, metric = normalized(rows), "dot"
-        columns = with_entries(rows, queue)
-        if columns.shape[0] > 2 * m:
-            columns = torch.cat([rows, normalized(columns[2 * m :])])
-    else:
-        columns = with_entries(rows, queue)
+    columns = with_entries(rows, queue)
     resident = columns.shape[0] - 2 * m
     own = torch.arange(2 * m, device=rows.device)
     target = own.roll(m)

@@ -85,10 +85,11 @@ def proxy_nca_loss(
     target = check_indices("labels", labels, embeddings, 0, proxies.shape[0], "a class")
     columns = with_entries(proxies, queue)
     scale = inverse_temperature(temperature, embeddings, columns)
-    if normalize or metric == "cosine":
+    if normalize and metric == "dot":
+        metric = "cosine"
+    elif normalize and metric != "cosine":
         precision = of_widened(precision, embeddings, columns)
         embeddings, columns = normalized(embeddings), normalized(columns)
-        metric = "dot" if metric == "cosine" else metric
     return contrast_loss(
         Candidates(embeddings, columns, target, None, None, None, metric, scale),
         all_pay=True,

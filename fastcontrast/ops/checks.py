@@ -12,7 +12,7 @@ from torch import Tensor
 from fastcontrast.backends.scores import KEEPS, PRECISIONS, accumulator_dtype
 from fastcontrast.backends.scores import METRICS as backend_metrics
 
-METRICS = (*backend_metrics, "cosine")  # what users may ask for; backends see cosine as dot
+METRICS = (*backend_metrics, "cosine")  # what users may ask for; most backends see it as dot
 PRECISION_CHOICES = ("auto", *PRECISIONS)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastcontrast.backends.scores import Scores, transposed
 from fastcontrast.ops.checks import check_fraction, check_scale
 from fastcontrast.ops.distance_softmax import RowStatistics, accumulator_dtype
-from fastcontrast.ops.normalized import normalized
+from fastcontrast.ops.normalized import normalized, of_unit_rows
 from fastcontrast.ops.pairs import paired_distance, paired_scores
 from fastcontrast.ops.precision import of_widened
 from fastcontrast.ops.ranks import Ranks, several, total
@@ -68,7 +68,7 @@ class Reweighting(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Rows, columns and who belongs to whom; checked and, for "cosine", normalised.
+    """Rows, columns and who belongs to whom; checked.
 
     Attributes:
         x: Rows [M, D].
@@ -77,7 +77,7 @@ class Candidates(NamedTuple):
         own: A further column left out of each row, int64 [M], or None.
         positive: Positives [M, D] that are no columns, or None for ``y[target]``.
         negatives: Further columns of each row alone [M, K, D], or None.
-        metric: ``"l2"``, ``"sqeuclidean"`` or ``"dot"``.
+        metric: ``"l2"``, ``"sqeuclidean"``, ``"dot"`` or ``"cosine"``.
         scale: 1 / temperature.
         resident: With ranks, how many columns, the last ones, count for this rank's rows alone.
     """
@@ -157,6 +157,7 @@ def contrast_loss(
         # Operands reach the loss by several ways: their gradients are added before one rounding.
         options["precision"] = of_widened(precision, c.x, c.y)
         c = _widened(c)
+    c = _of_unit_rows(c)
     direction = _Direction(c, options, wanted, all_ranks=ranks)
     loss = direction.losses(reweighting)
     if symmetric:
@@ -203,11 +204,25 @@ def _row_weights(
 
 
 def _widened(c: Candidates) -> Candidates:
-    wide = [None if v is None else v.float() for v in (c.x, c.y, c.positive, c.negatives)]
-    x, y, positive, negatives = wide
+    x, positive, negatives = (
+        None if v is None else v.float() for v in (c.x, c.positive, c.negatives)
+    )
     assert x is not None
-    assert y is not None
+    y = x if c.y is c.x else c.y.float()
     return c._replace(x=x, y=y, positive=positive, negatives=negatives)
+
+
+def _of_unit_rows(c: Candidates) -> Candidates:
+    """The same scores without "cosine"."""
+    if c.metric != "cosine":
+        return c
+    x, y, metric = of_unit_rows(c.x, c.y, c.metric)
+    positive, negatives = c.positive, c.negatives
+    if positive is not None:
+        positive = normalized(positive)
+    if negatives is not None:
+        negatives = normalized(negatives.flatten(0, 1)).view(negatives.shape)
+    return c._replace(x=x, y=y, positive=positive, negatives=negatives, metric=metric)
 
 
 def _scores(c: Candidates) -> Scores:

@@ -36,7 +36,7 @@ from fastcontrast.ops.checks import (
 )
 from fastcontrast.ops.double_backward import differentiable_gradients
 from fastcontrast.ops.eager_function import EagerFunction
-from fastcontrast.ops.normalized import normalized
+from fastcontrast.ops.normalized import of_unit_rows
 from fastcontrast.ops.precision import effective_precision, of_widened
 
 
@@ -134,22 +134,18 @@ def distance_softmax(
     if threshold is not None:
         check_thresholds(threshold, x.shape[0], x.device)
         threshold = threshold.detach()
-    if metric == "cosine":
-        precision = of_widened(precision, x)
-        x, y, metric = normalized(x), normalized(y), "dot"
     check_scale("scale", scale, x)
-    compiling = torch.compiler.is_compiling()
-    if not compiling:  # the operator asks when it runs
-        precision = effective_precision(precision, x)
-    backend = backends.resolve("distance_softmax", x, backend, others=y, precision=precision)
-
-    if compiling:
+    if torch.compiler.is_compiling():  # what "auto" means, the operator asks when it runs
+        precision = of_widened(precision, x) if metric == "cosine" else precision
+        x, y, metric = of_unit_rows(x, y, metric)
+        backend = backends.resolve("distance_softmax", x, backend, others=y, precision=precision)
         scale_tensor = torch.as_tensor(scale, dtype=accumulator_dtype(x.dtype), device=x.device)
         lse, _, entropy, total, count, rank = torch.ops.fastcontrast.distance_softmax(
             x, y, scale_tensor, metric, exclude, row_ids, column_ids, keep, threshold, score_sum,
             precision, backend,
         )  # fmt: skip
     else:
+        x, y, metric, precision, backend = prepared(x, y, metric, precision, backend)
         scores = Scores(metric, scale, exclude, row_ids, column_ids, keep, precision)
         scale_input = scale if isinstance(scale, Tensor) else None
         lse, _, entropy, total, count, rank = _EagerDistanceSoftmax.apply(
@@ -162,6 +158,24 @@ def distance_softmax(
         total if score_sum else None,
         count if score_sum else None,
     )
+
+
+def prepared(
+    x: Tensor, y: Tensor, metric: str, precision: str, backend: str | None
+) -> tuple[Tensor, Tensor, str, str, str]:
+    """Operands of one dtype, metric, precision and backend of an eager call.
+
+    Rows are normalised for "cosine", unless the backend takes their norms into the scores.
+    """
+    effective = effective_precision(precision, x)
+    name = backends.resolve("distance_softmax", x, backend, others=y, precision=effective)
+    if metric != "cosine" or backends.takes_cosine(name, x.dtype):
+        return x, y, metric, effective, name
+    precision = of_widened(precision, x)
+    x, y, metric = of_unit_rows(x, y, metric)
+    precision = effective_precision(precision, x)
+    name = backends.resolve("distance_softmax", x, backend, others=y, precision=precision)
+    return x, y, metric, precision, name
 
 
 class _EagerDistanceSoftmax(EagerFunction):
@@ -245,7 +259,8 @@ def score_gradients(
     """
 
     def of_scale(x: Tensor, y: Tensor, scale: float | Tensor) -> Sequence[Tensor]:
-        return function(x, y, scores._replace(scale=scale))
+        x, y, metric = of_unit_rows(x, y, scores.metric)
+        return function(x, y, scores._replace(metric=metric, scale=scale))
 
     return differentiable_gradients(of_scale, (x, y, scores.scale), grads, needs)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastcontrast.ops.distance_softmax import RowStatistics
 from fastcontrast.ops.nearest import nearest
-from fastcontrast.ops.normalized import normalized
+from fastcontrast.ops.normalized import normalized, of_unit_rows
 from fastcontrast.ops.pairs import paired_scores
 from fastcontrast.ops.precision import of_widened
 from fastcontrast.ops.ranks import Ranks, several, total
@@ -97,11 +97,10 @@ def class_statistics(
     if torch.promote_types(x.dtype, y.dtype) in (torch.float16, torch.bfloat16):
         # Two passes, two gradients: added before they are rounded.
         precision = of_widened(precision, x, y)
-        x, y = x.float(), y.float()
-    if metric == "cosine":
-        same_operand = x is y
-        x = normalized(x)
-        y, metric = (x if same_operand else normalized(y)), "dot"
+        same = y is x
+        x = x.float()
+        y = x if same else y.float()
+    x, y, metric = of_unit_rows(x, y, metric)
     shards = ranks
     if ranks is not None and ranks.strategy == "gather":  # once for both passes
         columns = columns_of_all(ranks, y, resident, column_ids)

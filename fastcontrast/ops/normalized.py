@@ -1,4 +1,4 @@
-"""Rows divided by their norms: what makes a dot product a cosine. Called before the ops."""
+"""Rows divided by their norms: what makes a dot product a cosine. Called by the ops and before."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ def normalized(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return _divided(x)[0]
     return _Normalized.apply(x)
+
+
+def of_unit_rows(x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Tensor, str]:
+    """The same scores without "cosine": "dot" of normalized rows; one tensor stays one."""
+    if metric != "cosine":
+        return x, y, metric
+    unit = normalized(x)
+    return unit, unit if y is x else normalized(y), "dot"
 
 
 def _divided(x: Tensor) -> tuple[Tensor, Tensor]:

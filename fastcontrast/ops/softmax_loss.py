@@ -30,12 +30,14 @@ from fastcontrast.backends.reference.distance_softmax import (
 from fastcontrast.backends.scores import LossWeights, Scores, accumulator_dtype, transposed
 from fastcontrast.ops.checks import PRECISION_CHOICES, check_choice
 from fastcontrast.ops.distance_softmax import (
+    prepared,
     score_gradients,
     with_tensors,
     without_tensors,
 )
 from fastcontrast.ops.eager_function import EagerFunction
-from fastcontrast.ops.precision import effective_precision, of_widened
+from fastcontrast.ops.normalized import of_unit_rows
+from fastcontrast.ops.precision import of_widened
 from fastcontrast.ops.ranks import Ranks
 from fastcontrast.ops.sharded_softmax import sharded_softmax
 
@@ -60,12 +62,13 @@ def softmax_loss(
 
     Args:
         x: Rows [M, D], checked.
-        y: Columns [N, D], checked.
+        y: Columns [N, D], checked. If it is ``x`` itself, its two gradients are added before they
+            are rounded.
         target: Column of each row's positive, int64 [M]; -1 for a row without one, whose a and
             c are 0.
         weights: a, b and c, each [M] or None for 0; they carry no gradient. With c, no two rows
             share a positive.
-        metric: ``"l2"``, ``"sqeuclidean"`` or ``"dot"``.
+        metric: ``"l2"``, ``"sqeuclidean"``, ``"dot"`` or ``"cosine"``.
         scale: See :func:`~fastcontrast.distance_softmax`.
         own: A further column left out of each row, int64 [M]: itself. Not together with c.
         precision: See :func:`~fastcontrast.distance_softmax`.
@@ -85,12 +88,12 @@ def softmax_loss(
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = x.to(dtype), y.to(dtype)
     check_choice("precision", precision, PRECISION_CHOICES)
-    precision = effective_precision(precision, x)
-    backend = backends.resolve("distance_softmax", x, backend, others=y, precision=precision)
+    x, y, metric, precision, backend = prepared(x, y, metric, precision, backend)
     exclude = _left_out(target, own)
     scores = Scores(metric, scale, exclude, None, None, "all", precision)
     scale_input = scale if isinstance(scale, Tensor) else None
-    return _GradientsInForward.apply(x, y, scale_input, exclude, *weights, scores, backend)
+    columns = None if y is x else y
+    return _GradientsInForward.apply(x, columns, scale_input, exclude, *weights, scores, backend)
 
 
 def row_losses_of(
@@ -119,7 +122,10 @@ def row_losses_of(
     dtype = torch.promote_types(x.dtype, y.dtype)
     if dtype != accumulator_dtype(dtype):
         precision = of_widened(precision, x, y)
-        x, y = x.float(), y.float()
+        same = y is x
+        x = x.float()
+        y = x if same else y.float()
+    x, y, metric = of_unit_rows(x, y, metric)
     exclude = _left_out(target, own)
     rows = sharded_softmax(
         ranks, x, y, resident=resident, metric=metric, scale=scale, exclude=exclude,
@@ -154,7 +160,7 @@ class _GradientsInForward(EagerFunction):
     def forward(
         ctx: Any,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | None,
         scale: Tensor | None,
         exclude: Tensor,
         cross_entropy_weight: Tensor | None,
@@ -164,9 +170,13 @@ class _GradientsInForward(EagerFunction):
         backend: str,
     ) -> Tensor:
         weights = LossWeights(cross_entropy_weight, entropy_weight, column_weight)
-        needs = tuple(ctx.needs_input_grad[:3])
-        out = backends.run(backend, "softmax_loss", x, y, scores, weights, needs)
-        ctx.save_for_backward(x, y, scale, exclude, *weights, *out[1:])
+        of_x, of_y, of_scale = ctx.needs_input_grad[:3]
+        columns, needs = (x, (of_x, of_x, of_scale)) if y is None else (y, (of_x, of_y, of_scale))
+        out = backends.run(backend, "softmax_loss", x, columns, scores, weights, needs)
+        dx, dy, dscale = out[1:]
+        if y is None and of_x:
+            dx, dy = dx.add_(dy), dscale  # in whose place nothing is read
+        ctx.save_for_backward(x, y, scale, exclude, *weights, dx, dy, dscale)
         ctx.scores = without_tensors(scores)
         return out.loss.sum()
 
@@ -181,8 +191,12 @@ class _GradientsInForward(EagerFunction):
             def loss(x: Tensor, y: Tensor, scores: Scores) -> list[Tensor]:
                 return [differentiable_loss(x, y, scores, LossWeights(a, b, c))]
 
-            found = score_gradients(loss, x, y, scores, [grad], needs)
-            return (*found, *[None] * 6)
+            if y is not None:
+                return (*score_gradients(loss, x, y, scores, [grad], needs), *[None] * 6)
+            twice = (needs[0], needs[0], needs[2])
+            dx, dy, dscale = score_gradients(loss, x, x, scores, [grad], twice)
+            dx = None if dx is None or dy is None else dx + dy
+            return (dx, None, dscale, *[None] * 6)
         result = [
             _scaled(grad, d, value) if need else None
             for value, d, need in zip((x, y, scale), gradients, needs, strict=True)

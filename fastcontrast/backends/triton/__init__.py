@@ -26,6 +26,8 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "nearest": FLOATING,
     "triplet_distances": FLOATING,
 }
+# Points whose "cosine" scores are taken from the points as given, with their norms in the scores.
+COSINES = (torch.float16, torch.bfloat16)
 # Entry of the backend table -> file of this folder that holds it.
 ENTRIES: dict[str, str] = {
     "distance_softmax_forward": "distance_softmax",

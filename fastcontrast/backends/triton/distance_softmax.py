@@ -36,14 +36,9 @@ from fastcontrast.backends.scores import (
     statistics_of_nothing,
     transposed,
 )
-from fastcontrast.backends.triton import INTERPRETED, processors
-from fastcontrast.backends.triton.launch import (
-    Launch,
-    is_fused,
-    launch,
-    padded_dimension,
-    wide_launch,
-)
+from fastcontrast.backends.triton.call import capability, given_or, splits_of, widths
+from fastcontrast.backends.triton.directions import turn
+from fastcontrast.backends.triton.launch import Launch, is_fused, launch, wide_launch
 from fastcontrast.backends.triton.mask import Mask
 from fastcontrast.backends.triton.operands import BLOCK as POINTS_EACH
 from fastcontrast.backends.triton.operands import Operands, Points, prepare
@@ -59,12 +54,8 @@ from fastcontrast.backends.triton.wide import Weights, blocks_of_products
 
 LN_2 = 0.6931471805599453
 MERGE_BLOCK = 128
-# Programs per multiprocessor that a launch should have; fewer owners share out the other side.
-PROGRAMS_PER_PROCESSOR = 2
 # Bytes of what row blocks leave of columns, up to which columns are reduced from the rows' tiles.
 COLUMN_BYTES = 128 << 20
-# Tiles that a program should at least have to do: more splits would cost more than they bring.
-TILES_PER_SPLIT = 8
 
 
 def distance_softmax_forward(
@@ -88,7 +79,9 @@ def distance_softmax_backward(
     if x.shape[0] == 0 or y.shape[0] == 0:
         dx, dy, dscale = gradients_of_nothing(x, y, needs)
     else:
-        dx, dy, dscale = _gradients(prepare(x, y, scores), Mask(scores), statistics, grads, needs)
+        operands = prepare(x, y, scores)
+        dx, dy, dscale = _gradients(operands, Mask(scores), statistics, grads, needs)
+        _turn(operands, dx, dy, needs)
     return dx.to(x.dtype), dy.to(y.dtype), dscale
 
 
@@ -139,6 +132,7 @@ def softmax_loss(
         if needs[2]:
             product = torch.where(grad_pair == 0, 0.0, grad_pair * positive).sum()
             dscale = dscale - (product / operands.scale).to(acc)
+    _turn(operands, dx, dy, needs)
     return LossGradients(loss.to(acc), dx, dy, dscale)
 
 
@@ -155,6 +149,13 @@ class ColumnGradients(NamedTuple):
 
     statistics: Statistics
     lse: Tensor
+
+
+def _turn(operands: Operands, dx: Tensor, dy: Tensor, needs: tuple[bool, bool, bool]) -> None:
+    """For "cosine", make the gradients those of the points whose products have been taken."""
+    for points, grad, need in zip((operands.x, operands.y), (dx, dy), needs[:2], strict=True):
+        if points.power is not None and need:
+            turn(grad, points.values, points.norms, points.power)
 
 
 def _in_full(statistics: Statistics) -> Tensor:
@@ -213,9 +214,8 @@ def _launch_wide_statistics(
 ) -> Statistics:
     """Fill some rows of ``out`` from their dot products with all columns, and return those."""
     part = Statistics(*(value[rows] for value in out))
-    given, values, low, sqnorm, largest = operands.x
-    of_block = Points(given[rows], values[rows], low[rows], sqnorm[rows], largest)
-    block = operands._replace(x=of_block)
+    given, values, low, norms = (value[rows] for value in operands.x[:4])
+    block = operands._replace(x=Points(given, values, low, norms, operands.x.largest))
     score_sum, rank = out.score_sum.numel() > 0, out.rank.numel() > 0
     of_rows = mask.of_rows(rows)
     _launch_statistics(block, of_rows, part, limit[rows], score_sum, rank, sizes, dots)
@@ -239,20 +239,21 @@ def _launch_statistics(
     """
     x, y = operands.x, operands.y
     m, dim, n = x.given.shape[0], x.given.shape[1], y.given.shape[0]
-    splits, split_columns = _splits(m, n, sizes, x.given.device)
+    splits, split_columns = splits_of(m, n, sizes, x.given.device)
     state = torch.empty(splits, 4, m, dtype=torch.float64, device=x.given.device)
     counts = state
     if score_sum or rank:
         counts = torch.empty(splits, 2, m, dtype=torch.int64, device=x.given.device)
     row_statistics_kernel[(triton.cdiv(m, sizes.block) * splits,)](
-        x.values if dots is None else dots, x.low, x.sqnorm, y.values, y.low, y.sqnorm,
+        x.values if dots is None else dots, x.low, x.norms, y.values, y.low, y.norms,
         y.largest, x.given, y.given, operands.scale,
-        _or(mask.exclude, state), _or(mask.row_ids, state), _or(mask.column_ids, state), limit,
-        state, counts, _or(column_state, state), m, n, dim, split_columns, splits,
+        given_or(mask.exclude, state), given_or(mask.row_ids, state),
+        given_or(mask.column_ids, state), limit, state, counts, given_or(column_state, state),
+        m, n, dim, split_columns, splits,
         x.values.stride(0), y.values.stride(0),
         *x.given.stride(), *y.given.stride(),
         **mask.options, **operands.product_options, SCORE_SUM=score_sum, RANK=rank,
-        BLOCK_M=sizes.block, BLOCK_N=sizes.other, **_widths(dim, sizes),
+        BLOCK_M=sizes.block, BLOCK_N=sizes.other, **widths(dim, sizes),
         FROM_DOTS=dots is not None, COLUMNS=column_state is not None,
         GROUP=POINTS_EACH, PAIR_PART=PAIR_PART,
         num_warps=sizes.warps, num_stages=sizes.stages,
@@ -327,8 +328,8 @@ def _weights(
     grads: RowGradients,
     needs: tuple[bool, bool, bool],
 ) -> Weights:
-    ids = (_or(mask.row_ids, tables[0]), _or(mask.column_ids, tables[0]))
-    tensors = (_or(mask.exclude, tables[0]), *ids)
+    ids = (given_or(mask.row_ids, tables[0]), given_or(mask.column_ids, tables[0]))
+    tensors = (given_or(mask.exclude, tables[0]), *ids)
     extras = (grads.entropy is not None, grads.score_sum is not None)
     sizes = _wide_sizes("weights", operands)
     return Weights(operands, tensors, mask.options, tables, extras, needs, sizes)
@@ -385,23 +386,23 @@ def _side(
     many = product or any(extra is not None for extra in extras)
     symmetric = column_table is not None
     sizes = _sizes("gradients", operands, mask.metric, many=many, symmetric=symmetric)
-    splits, split_others = _splits(count, others, sizes, table.device)
+    splits, split_others = splits_of(count, others, sizes, table.device)
     # Near pairs are added to it in memory, so it starts from 0.
     grad = table.new_zeros(splits, count, dim)
     products = torch.empty(splits, count, dtype=torch.float64, device=table.device)
     ids = (mask.row_ids, mask.column_ids)
     own_ids, other_ids = ids if rows else ids[::-1]
     point_gradients_kernel[(triton.cdiv(count, sizes.block) * splits,)](
-        own.values, own.low, own.sqnorm, other.values, other.low, other.sqnorm, other.largest,
-        own.given, other.given, operands.scale, left_out, _or(own_ids, table),
-        _or(other_ids, table), table, _or(column_table, table), grad, products,
+        own.values, own.low, own.norms, other.values, other.low, other.norms, other.largest,
+        own.given, other.given, operands.scale, left_out, given_or(own_ids, table),
+        given_or(other_ids, table), table, given_or(column_table, table), grad, products,
         count, others, dim, split_others, splits, own.values.stride(0), other.values.stride(0),
         table.shape[1], 0 if column_table is None else column_table.shape[1],
         *own.given.stride(), *other.given.stride(),
         OWNS_ROWS=rows, **mask.options, **operands.product_options,
         HAS_ENTROPY=grads.entropy is not None, HAS_SUM=grads.score_sum is not None,
         HAS_COLUMNS=column_table is not None, PRODUCT=product, ROUND=operands.weight_rounding,
-        BLOCK=sizes.block, BLOCK_OTHER=sizes.other, **_widths(dim, sizes), GROUP=POINTS_EACH,
+        BLOCK=sizes.block, BLOCK_OTHER=sizes.other, **widths(dim, sizes), GROUP=POINTS_EACH,
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     return grad[0] if splits == 1 else grad.sum(0), products if product else products[:0]
@@ -409,40 +410,17 @@ def _side(
 
 def _is_fused(kernel: str, operands: Operands, metric: str) -> bool:
     dim = operands.x.given.shape[1]
-    return is_fused(kernel, operands.kind, dim, _capability(operands), metric)
+    return is_fused(kernel, operands.kind, dim, capability(operands.x.given.device), metric)
 
 
 def _sizes(
     kernel: str, operands: Operands, metric: str, *, many: bool, symmetric: bool = False
 ) -> Launch:
     return launch(
-        kernel, operands.kind, operands.x.given.shape[1], _capability(operands),
+        kernel, operands.kind, operands.x.given.shape[1], capability(operands.x.given.device),
         metric=metric, many=many, symmetric=symmetric,
     )  # fmt: skip
 
 
 def _wide_sizes(kernel: str, operands: Operands) -> Launch:
-    return wide_launch(kernel, operands.kind, _capability(operands))
-
-
-def _capability(operands: Operands) -> tuple[int, int] | None:
-    return None if INTERPRETED else torch.cuda.get_device_capability(operands.x.given.device)
-
-
-def _widths(dim: int, sizes: Launch) -> dict[str, int]:
-    width = padded_dimension(dim)
-    return {"BLOCK_D": width, "BLOCK_K": min(sizes.part or width, width)}
-
-
-def _splits(count: int, others: int, sizes: Launch, device: torch.device) -> tuple[int, int]:
-    """Parts of the other side for which programs of their own run, and the size of one."""
-    wanted = PROGRAMS_PER_PROCESSOR * processors(device)
-    blocks, tiles = triton.cdiv(count, sizes.block), triton.cdiv(others, sizes.other)
-    splits = max(1, min(wanted // blocks, tiles // TILES_PER_SPLIT))
-    part = triton.cdiv(tiles, splits) * sizes.other
-    return triton.cdiv(others, part), part
-
-
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A tensor for an argument that the kernel's constants say is not read."""
-    return stand_in if tensor is None else tensor
+    return wide_launch(kernel, operands.kind, capability(operands.x.given.device))

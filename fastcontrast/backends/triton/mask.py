@@ -7,7 +7,10 @@ import copy
 import torch
 from torch import Tensor
 
-from fastcontrast.backends.scores import KEEPS, METRICS, Scores
+from fastcontrast.backends.scores import DISTANCES, KEEPS, SIMILARITIES, Scores
+
+# As the kernels number them (tiles.py).
+METRICS = (*DISTANCES, *SIMILARITIES)
 
 
 class Mask:

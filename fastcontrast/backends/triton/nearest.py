@@ -32,12 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcontrast.backends.scores import Scores, accumulator_dtype, padding
-from fastcontrast.backends.triton.distance_softmax import (
-    _capability,
-    _or,
-    _splits,
-    _widths,
-)
+from fastcontrast.backends.triton.call import capability, given_or, splits_of, widths
 from fastcontrast.backends.triton.launch import launch
 from fastcontrast.backends.triton.mask import Mask
 from fastcontrast.backends.triton.operands import Operands, prepare
@@ -204,9 +199,9 @@ class _Search:
         self.device = x.device
         self.every_row = torch.arange(m, device=x.device)
         self.limits = torch.full((m,), torch.inf, dtype=self.x.upper.dtype, device=x.device)
-        sizes = launch("nearest", operands.kind, dim, _capability(operands))
+        sizes = launch("nearest", operands.kind, dim, capability(self.device))
         self.options = {
-            **mask.options, **operands.product_options, **_widths(dim, sizes),
+            **mask.options, **operands.product_options, **widths(dim, sizes),
             "FARTHEST": farthest, "BLOCK_M": sizes.block, "BLOCK_N": sizes.other,
             "num_warps": sizes.warps, "num_stages": sizes.stages,
         }  # fmt: skip
@@ -221,7 +216,7 @@ class _Search:
         """Find for each of these rows a key that at least k columns do not pass, or inf."""
         some = self.x.of(rows)
         count, n, width = some.given.shape[0], self.y.given.shape[0], self.sizes.other
-        splits, part = _splits(count, n, self.sizes, some.given.device)
+        splits, part = splits_of(count, n, self.sizes, some.given.device)
         if splits < self.groups:
             tiles = triton.cdiv(n, width)
             part = triton.cdiv(tiles, min(tiles, self.groups)) * width
@@ -236,7 +231,7 @@ class _Search:
         """Write the results of ``rows``, with lists of ``capacity`` and of more where needed."""
         some, n = self.x.of(rows), self.y.given.shape[0]
         count = some.given.shape[0]
-        splits, part = _splits(count, n, self.sizes, some.given.device)
+        splits, part = splits_of(count, n, self.sizes, some.given.device)
         capacity = min(capacity, part)
         columns = torch.full((count, splits, capacity), n, dtype=torch.int32, device=self.device)
         listed = torch.empty(count, splits, dtype=torch.int32, device=self.device)
@@ -268,9 +263,10 @@ class _Search:
         stand_in = rows.upper
         (m, dim), n = rows.given.shape, y.given.shape[0]
         nearest_kernel[(triton.cdiv(m, self.sizes.block) * splits,)](
-            rows.values, y.values, *bounds, _or(rows.exclude, stand_in), _or(rows.ids, stand_in),
-            _or(y.ids, stand_in), _or(limit, stand_in), _or(least, stand_in),
-            _or(columns, stand_in), _or(count, stand_in), m, n, dim, part, splits,
+            rows.values, y.values, *bounds, given_or(rows.exclude, stand_in),
+            given_or(rows.ids, stand_in), given_or(y.ids, stand_in),
+            given_or(limit, stand_in), given_or(least, stand_in),
+            given_or(columns, stand_in), given_or(count, stand_in), m, n, dim, part, splits,
             0 if columns is None else columns.shape[2], rows.values.stride(0), y.values.stride(0),
             COLLECT=collects, **self.options,
         )  # fmt: skip
@@ -328,7 +324,7 @@ def _bounds(
         x, y = (_norms(side.values).to(dtype) + least for side in (operands.x, operands.y))
         return (-error * x, error * x), (y, y)
     error += 4 * rounding
-    x, y = operands.x.sqnorm, operands.y.sqnorm
+    x, y = operands.x.norms, operands.y.norms
     x_error, y_error = error * x + floor, error * y
     if farthest:
         x, y = -x, -y

@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcontrast.backends.scores import Scores, accumulator_dtype
+from fastcontrast.backends.scores import DISTANCES, Scores, accumulator_dtype
 from fastcontrast.backends.triton import INTERPRETED
+from fastcontrast.backends.triton.directions import stretched
 from fastcontrast.backends.triton.tiles import round_to_tf32
 
 BLOCK = 32
@@ -82,16 +83,19 @@ class Points(NamedTuple):
         given: [K, D] in the input dtype, any strides.
         values: [K, D] with adjacent columns, float64, float32, bfloat16 or float16.
         low: What bfloat16 left over of ``values``, bfloat16; ``values`` itself where not split.
-        sqnorm: Squared norms of ``values`` (+ ``low``) [K], in memory that goes on with zeros up to
-            a multiple of PADDING; any tensor for "dot".
-        largest: The largest of every BLOCK of them; any tensor for "dot".
+        norms: Squared norms of ``values`` (+ ``low``) [K], for "cosine" their inverse norms
+            (directions.py), in memory that goes on with zeros up to a multiple of PADDING; any
+            tensor for "dot".
+        largest: The largest of every BLOCK of squared norms; any tensor for similarities.
+        power: For "cosine" what the points have been multiplied by [K].
     """
 
     given: Tensor
     values: Tensor
     low: Tensor
-    sqnorm: Tensor
+    norms: Tensor
     largest: Tensor
+    power: Tensor | None = None
 
 
 class Operands(NamedTuple):
@@ -149,7 +153,7 @@ def prepare(x: Tensor, y: Tensor, scores: Scores) -> Operands:
     kind = kind_of(x.dtype, scores.precision)
     acc = accumulator_dtype(x.dtype)
     x, y = x.detach().resolve_neg(), y.detach().resolve_neg()
-    distances = scores.metric != "dot"
+    distances = scores.metric in DISTANCES
     mean = None
     if distances and x.dtype == acc:
         mean = y.mean(0)
@@ -158,8 +162,16 @@ def prepare(x: Tensor, y: Tensor, scores: Scores) -> Operands:
         scale = scale.detach().to(device=x.device, dtype=acc)
     else:
         scale = torch.full((), scale, device=x.device, dtype=acc)
+    if scores.metric == "cosine":
+        return Operands(_directions(x), _directions(y), kind, scale)
     sides = (_points(side, mean, distances, kind, acc) for side in (x, y))
     return Operands(*sides, kind, scale)
+
+
+def _directions(given: Tensor) -> Points:
+    """Half points whose inverse norms are in the scores; these stand for the points as given."""
+    values, inverse_norms, power = stretched(given, padded(given.shape[0]))
+    return Points(values, values, values, inverse_norms, values, power)
 
 
 def _points(

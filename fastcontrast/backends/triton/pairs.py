@@ -1,7 +1,7 @@
 """Given pairs by direct difference: positives of `softmax_loss`, candidates of `nearest`.
 
 Maths: t_i = score of (x_i, y_target(i)); dx_i += c_i (y - x), dy_target += c_i (x - y), for "dot"
-    c_i y and c_i x.
+    and "cosine" c_i y and c_i x.
 Tiling: values: a program owns BLOCK pairs. Gradients: a program owns OWNERS points and reads the
     pairs of these, which the host has sorted by owner, ENTRIES at a time.
 Memory: both points of every pair are read by their strides; gradients are read and written once.
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastcontrast.backends.scores import DISTANCES
 from fastcontrast.backends.triton import INTERPRETED
 from fastcontrast.backends.triton.operands import Operands, Points
 
@@ -99,7 +100,7 @@ def pair_values(x: Tensor, y: Tensor, target: Tensor, metric: str, dtype: torch.
     values = torch.empty(target.shape, dtype=dtype, device=x.device)
     pair_values_kernel[(triton.cdiv(target.numel(), BLOCK),)](
         x, y, target.contiguous(), values, target.numel(), *target.shape[1:], x.shape[1],
-        *x.stride(), *y.stride(), IS_DOT=metric == "dot",
+        *x.stride(), *y.stride(), IS_DOT=metric not in DISTANCES,
         ACC=tl.float64 if dtype == torch.float64 else tl.float32, BLOCK=BLOCK, CHUNK=CHUNK,
     )  # fmt: skip
     return values
@@ -111,6 +112,9 @@ def pair_scores(operands: Operands, target: Tensor, metric: str) -> tuple[Tensor
     values = pair_values(operands.x.given, operands.y.given, target[:, None], metric, dtype)[:, 0]
     if metric == "dot":
         return operands.scale * values, torch.ones_like(values)
+    if metric == "cosine":
+        factor = operands.x.norms * operands.y.norms[target.clamp(min=0)]
+        return operands.scale * (values * factor), factor
     if metric == "sqeuclidean":
         return -operands.scale * values, torch.full_like(values, 2.0)
     distance = values.sqrt()
@@ -152,5 +156,6 @@ def _add(
     add_pairs_kernel[(triton.cdiv(grad.shape[0], OWNERS),)](
         own.given, other.given, owner, partner, weight.contiguous(), offsets, grad, *grad.shape,
         *own.given.stride(), *other.given.stride(),
-        IS_DOT=metric == "dot", ACC=operands.acc, OWNERS=OWNERS, ENTRIES=ENTRIES, CHUNK=CHUNK,
+        IS_DOT=metric not in DISTANCES, ACC=operands.acc, OWNERS=OWNERS, ENTRIES=ENTRIES,
+        CHUNK=CHUNK,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Backward kernel of `distance_softmax`: gradients of the rows, or of the columns, recomputed.
 
 Maths: for an owner point o and the others q, c = pair weight of ∂L/∂s (tiles.py), and
-    do = Σ c (q - o) = (C Q) - o Σ c, for "dot" Σ c q. Rows own first, then columns: the pairs of
+    do = Σ c (q - o) = (C Q) - o Σ c, for "dot" and "cosine" Σ c q (which directions.py makes a
+    gradient of the point). Rows own first, then columns: the pairs of
     both launches are the same, with the sides exchanged.
 Tiling: a program owns BLOCK points of one side, with their gradient [BLOCK, D] in registers, and
     streams tiles of BLOCK_OTHER points of one split of the other side. One-dimensional grid.
@@ -26,6 +27,7 @@ import triton.language as tl
 
 from fastcontrast.backends.triton.tiles import (
     ABSENT_SQUARE,
+    COSINE,
     DOT,
     L2,
     LOG2_E,
@@ -43,6 +45,7 @@ from fastcontrast.backends.triton.tiles import (
     pair_weight,
     products,
     score_gradient,
+    scores_of,
     slope_of,
     weighted_rows,
 )
@@ -81,7 +84,7 @@ def rounding_ratio(exact, rounded):
 
 @triton.jit
 def point_gradients_kernel(
-    own, own_low, own_sqnorm, other, other_low, other_sqnorm, other_largest, given_own, given_other,
+    own, own_low, own_norms, other, other_low, other_norms, other_largest, given_own, given_other,
     scale, left_out, own_ids, other_ids, table, column_table, grad, product,
     count, other_count, dim, split_others, splits, own_stride, other_stride, table_stride,
     column_table_stride,
@@ -105,8 +108,11 @@ def point_gradients_kernel(
     if SPLIT:
         own_low_tile = load_rows(own_low, start, own_stride, count, 0, dim, BLOCK, BLOCK_D, UPCAST)
     own_norm = tl.zeros([BLOCK], dtype=ACC)
-    if METRIC != DOT:
-        own_norm = tl.load(own_sqnorm + here, mask=inside, other=ABSENT_SQUARE)
+    if METRIC < DOT:
+        own_norm = tl.load(own_norms + here, mask=inside, other=ABSENT_SQUARE)
+    if METRIC == COSINE:
+        own_norm = tl.load(own_norms + here, mask=inside, other=0.0)
+        slope *= own_norm
     own_id = here
     if KEEP != 0:
         own_id = tl.load(own_ids + here, mask=inside, other=0)
@@ -203,8 +209,11 @@ def point_gradients_kernel(
         # Distances, their squares or dot products; scores are these times the slope.
         values = dots
         inverse = dots
-        if METRIC != DOT:
-            norms = tl.load(other_sqnorm + start_other + tl.arange(0, BLOCK_OTHER))
+        if METRIC == COSINE:
+            inverse = tl.load(other_norms + start_other + tl.arange(0, BLOCK_OTHER))[None, :]
+            values *= inverse
+        if METRIC < DOT:
+            norms = tl.load(other_norms + start_other + tl.arange(0, BLOCK_OTHER))
             values = tl.maximum(own_norm[:, None] + norms[None, :] - 2.0 * dots, SMALLEST_SQUARE)
         if METRIC == L2:  # one instruction for d and 1/d
             inverse = inverse_distance(values, ACC)
@@ -230,7 +239,7 @@ def point_gradients_kernel(
                 tile_second, EXCLUDE, KEEP,
             )  # fmt: skip
             values = tl.where(counts, values, absent(METRIC))
-        if METRIC != DOT:
+        if METRIC < DOT:
             limit = near_length(
                 own_norm, largest_sqnorm(other_largest, start_other, BLOCK_OTHER, GROUP),
                 METRIC, ACC,
@@ -281,7 +290,7 @@ def point_gradients_kernel(
                     taken = tl.arange(0, BLOCK_OTHER)[None, :] == previous[:, None]
                     values = tl.where(taken, absent(METRIC), values)
                     remain = tl.max(found.to(tl.int32), 0) > 0
-        t = slope * values
+        t = scores_of(values, slope, METRIC)
         g = score_gradient(
             t, tile_lse, tile_grad_lse, tile_grad_entropy, tile_entropy, tile_sum,
             HAS_ENTROPY, HAS_SUM,
@@ -309,7 +318,7 @@ def point_gradients_kernel(
     k = tl.arange(0, BLOCK_D)
     at = grad_rows[:, None] + k[None, :]
     mask = inside[:, None] & (k < dim)[None, :]
-    if METRIC != DOT:
+    if METRIC < DOT:
         tl.debug_barrier()  # near pairs were added by other threads of this program
         own_last = load_rows(own, start, own_stride, count, 0, dim, BLOCK, BLOCK_D, UPCAST).to(ACC)
         if SPLIT:
@@ -317,8 +326,11 @@ def point_gradients_kernel(
                 own_low, start, own_stride, count, 0, dim, BLOCK, BLOCK_D, UPCAST
             ).to(ACC)
         total -= own_last * weight_sum.to(ACC)[:, None]
-        if ROUND != "none":
-            total *= rounding_ratio(exact_sum, weight_sum).to(ACC)[:, None]
+    if METRIC != DOT and ROUND != "none":
+        total *= rounding_ratio(exact_sum, weight_sum).to(ACC)[:, None]
+    if METRIC == COSINE:
+        total *= own_norm[:, None]
+    if METRIC < DOT:
         total += tl.load(at, mask=mask, other=0.0)
     tl.store(at, total, mask=mask)
     if PRODUCT:

@@ -1,7 +1,7 @@
 """Forward kernel of `distance_softmax`: row statistics while column tiles stream by.
 
 Maths: t_ij = s_ij log2(e), the slope times a distance, its square or a product, from dot products
-    and squared norms (tiles.py); per row the running maximum of t, Σ 2^(t-max),
+    and norms (tiles.py); per row the running maximum of t, Σ 2^(t-max),
     Σ 2^(t-max)(t-max), on request Σ t, the number of columns that count, and #{t > threshold}.
     lse = (max + log2 Σ) ln 2, entropy = (log2 Σ - weighted/Σ) ln 2.
 Tiling: a program owns BLOCK_M rows, which stay in shared memory, and streams tiles of BLOCK_N
@@ -30,6 +30,7 @@ import triton.language as tl
 from fastcontrast.backends.triton import INTERPRETED
 from fastcontrast.backends.triton.tiles import (
     ABSENT_SQUARE,
+    COSINE,
     DOT,
     L2,
     LN_2,
@@ -46,6 +47,7 @@ from fastcontrast.backends.triton.tiles import (
     next_near,
     pair_squared_distances,
     products,
+    scores_of,
     slope_of,
 )
 
@@ -75,7 +77,7 @@ def tile_counts(
 
 @triton.jit
 def row_statistics_kernel(
-    x, x_low, x_sqnorm, y, y_low, y_sqnorm, y_largest, given_x, given_y, scale,
+    x, x_low, x_norm, y, y_low, y_norm, y_largest, given_x, given_y, scale,
     exclude, row_ids, column_ids, threshold, state, counts, column_state,
     m, n, dim, split_columns, splits, x_stride, y_stride,
     given_x_row, given_x_column, given_y_row, given_y_column,
@@ -101,8 +103,10 @@ def row_statistics_kernel(
         if SPLIT:
             x_low_tile = load_rows(x_low, start_m, x_stride, m, 0, dim, BLOCK_M, BLOCK_D, UPCAST)
     xs = tl.zeros([BLOCK_M], dtype=ACC)
-    if METRIC != DOT:
-        xs = tl.load(x_sqnorm + row, mask=in_rows, other=ABSENT_SQUARE)
+    if METRIC < DOT:
+        xs = tl.load(x_norm + row, mask=in_rows, other=ABSENT_SQUARE)
+    if METRIC == COSINE:
+        slope *= tl.load(x_norm + row, mask=in_rows, other=0.0)
     first = tl.full([BLOCK_M], -1, dtype=tl.int32)
     second = first
     if EXCLUDE > 0:
@@ -147,8 +151,10 @@ def row_statistics_kernel(
                 dots = products(x_part, x_part, y_part, y_part, dots, METRIC, False, PRECISION, ACC)
         # Distances, their squares or dot products; scores are these times the slope.
         values = dots
-        if METRIC != DOT:
-            ys = tl.load(y_sqnorm + start_n + tl.arange(0, BLOCK_N))
+        if METRIC == COSINE:
+            values *= tl.load(y_norm + start_n + tl.arange(0, BLOCK_N))[None, :]
+        if METRIC < DOT:
+            ys = tl.load(y_norm + start_n + tl.arange(0, BLOCK_N))
             values = tl.maximum(xs[:, None] + ys[None, :] - 2.0 * dots, SMALLEST_SQUARE)
         if METRIC == L2:
             values = tl.sqrt(values)
@@ -172,7 +178,7 @@ def row_statistics_kernel(
                 )
                 values = tl.where(counts_here, values, absent(METRIC))
         best = best_of(values, METRIC)
-        if METRIC != DOT:
+        if METRIC < DOT:
             largest_norm = largest_sqnorm(y_largest, start_n, BLOCK_N, GROUP)
             near = near_length(xs, largest_norm, METRIC, ACC)
             if tl.max((best < near).to(tl.int32), 0) > 0:
@@ -192,7 +198,7 @@ def row_statistics_kernel(
                     remain = tl.max(found.to(tl.int32), 0) > 0
                 best = best_of(values, METRIC)
         if SCORE_SUM or RANK or COLUMNS:
-            t = slope * values
+            t = scores_of(values, slope, METRIC)
         if SCORE_SUM:
             # A column that counts and is infinitely far makes the sum -inf.
             total += tl.sum(tl.where(counts_here, t, 0.0), 1).to(tl.float64)
@@ -212,7 +218,7 @@ def row_statistics_kernel(
             tl.store(at_columns + n, tl.sum(tl.exp2(of_rows), 0), mask=in_columns)
         new_max = tl.maximum(running_max, slope * best)
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        u = slope * values - base[:, None]
+        u = scores_of(values, slope, METRIC) - base[:, None]
         if METRIC == DOT:  # the only scores that reach +inf, which then have all the mass
             u = tl.where(values == float("inf"), 0.0, u)
         e = tl.exp2(u)

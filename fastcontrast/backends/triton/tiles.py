@@ -16,10 +16,11 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# METRICS of backends/scores.py, by position.
+# METRICS of mask.py, by position: the distances, which are below DOT, and the similarities.
 L2 = tl.constexpr(0)
 SQEUCLIDEAN = tl.constexpr(1)
 DOT = tl.constexpr(2)
+COSINE = tl.constexpr(3)
 # KEEPS of backends/scores.py, by position.
 KEEP_ALL = tl.constexpr(0)
 KEEP_SAME = tl.constexpr(1)
@@ -63,7 +64,7 @@ def products(
         # The small ones first: they would be lost in a large sum.
         dots = tl.dot(a, tl.trans(b_low), dots, out_dtype=ACC)
         dots = tl.dot(a_low, tl.trans(b), dots, out_dtype=ACC)
-        if METRIC != DOT:
+        if METRIC < DOT:
             dots = tl.dot(a_low, tl.trans(b_low), dots, out_dtype=ACC)
     return tl.dot(a, tl.trans(b), dots, input_precision=PRECISION, out_dtype=ACC)
 
@@ -71,19 +72,25 @@ def products(
 @triton.jit
 def slope_of(scale2, METRIC: tl.constexpr):
     """What a distance, a squared one or a dot product is multiplied by to become t."""
-    return scale2 if METRIC == DOT else -scale2
+    return -scale2 if METRIC < DOT else scale2
+
+
+@triton.jit
+def scores_of(values, slope, METRIC: tl.constexpr):
+    """T of a tile; for "cosine" the slopes are those of its rows, their inverse norms in them."""
+    return slope[:, None] * values if METRIC == COSINE else slope * values
 
 
 @triton.jit
 def absent(METRIC: tl.constexpr):
     """What a pair that does not count has in the place of its distance or product."""
-    return float("-inf") if METRIC == DOT else float("inf")
+    return float("inf") if METRIC < DOT else float("-inf")
 
 
 @triton.jit
 def best_of(values, METRIC: tl.constexpr):
     """Of each row of a tile of distances or dot products, the one with the largest score."""
-    return tl.max(values, 1) if METRIC == DOT else tl.min(values, 1)
+    return tl.min(values, 1) if METRIC < DOT else tl.max(values, 1)
 
 
 @triton.jit
@@ -214,9 +221,10 @@ def score_gradient(
 def pair_weight(g, inverse, METRIC: tl.constexpr):
     """C of csrc/common/scores.h: what y - x (for dot: y) is multiplied by in the gradient of x.
 
-    From ∂L/∂s times the scale, for "sqeuclidean" twice the scale (row_table.py).
+    From ∂L/∂s times the scale, for "sqeuclidean" twice the scale (row_table.py), and 1/d or, for
+    "cosine", the inverse norms.
     """
-    return g * inverse if METRIC == L2 else g
+    return g * inverse if METRIC == L2 or METRIC == COSINE else g  # noqa: SIM109
 
 
 @triton.jit

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcontrast.backends.float32_products import float32_products
+from fastcontrast.backends.scores import DISTANCES
 from fastcontrast.backends.triton.launch import WIDE, Launch
 from fastcontrast.backends.triton.operands import Operands, Points
 from fastcontrast.backends.triton.point_gradients import (
@@ -34,6 +35,7 @@ from fastcontrast.backends.triton.point_gradients import (
 )
 from fastcontrast.backends.triton.tiles import (
     ABSENT_SQUARE,
+    COSINE,
     DOT,
     L2,
     LOG2_E,
@@ -49,6 +51,7 @@ from fastcontrast.backends.triton.tiles import (
     pair_weight,
     round_to_tf32,
     score_gradient,
+    scores_of,
     slope_of,
 )
 
@@ -61,7 +64,7 @@ LEAST_ROWS = 512
 
 @triton.jit
 def weigh_scores_kernel(
-    dots, weights, weights_low, flags, x_sqnorm, y_sqnorm, given_x, given_y, scale,
+    dots, weights, weights_low, flags, x_norm, y_norm, given_x, given_y, scale,
     exclude, row_ids, column_ids, table, column_table, grad_x, weight_sum, product,
     first_row, m, table_stride, n, column_table_stride, dim,
     given_x_row, given_x_column, given_y_row, given_y_column,
@@ -75,8 +78,11 @@ def weigh_scores_kernel(
     in_rows = row < m
     slope = slope_of(tl.load(scale) * LOG2_E, METRIC).to(ACC)
     xs = tl.zeros([BLOCK_M], dtype=ACC)
-    if METRIC != DOT:
-        xs = tl.load(x_sqnorm + row, mask=in_rows, other=ABSENT_SQUARE)
+    if METRIC < DOT:
+        xs = tl.load(x_norm + row, mask=in_rows, other=ABSENT_SQUARE)
+    if METRIC == COSINE:
+        xs = tl.load(x_norm + row, mask=in_rows, other=0.0)
+        slope *= xs
     first = row.to(tl.int32)
     second = first
     if EXCLUDE > 0:
@@ -106,8 +112,12 @@ def weigh_scores_kernel(
             second[:, None], EXCLUDE, KEEP,
         )  # fmt: skip
         inverse = values
-        if METRIC != DOT:
-            ys = tl.load(y_sqnorm + column, mask=in_columns, other=0.0)
+        if METRIC == COSINE:
+            ys = tl.load(y_norm + column, mask=in_columns, other=0.0)
+            values *= ys[None, :]
+            inverse = xs[:, None] * ys[None, :]
+        if METRIC < DOT:
+            ys = tl.load(y_norm + column, mask=in_columns, other=0.0)
             values = tl.maximum(xs[:, None] + ys[None, :] - 2.0 * values, SMALLEST_SQUARE)
         if METRIC == L2:  # d²·rsqrt(d²) would have no value for infinity
             inverse = inverse_distance(values, ACC)
@@ -117,7 +127,7 @@ def weigh_scores_kernel(
             c_lse, c_grad_lse = load_column_gradients(
                 column_table, column, in_columns, column_table_stride
             )
-        if METRIC != DOT:
+        if METRIC < DOT:
             limit = near_length(xs, tl.max(ys, 0), METRIC, ACC)
             if tl.max((best_of(values, METRIC) < limit).to(tl.int32), 0) > 0:
                 near_weights = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
@@ -157,7 +167,7 @@ def weigh_scores_kernel(
                 tl.store(dots + at, near_weights, mask=mask)
                 tile = tl.program_id(0).to(tl.int64) * tl.cdiv(n, BLOCK_N) + start // BLOCK_N
                 tl.store(flags + tile, 1)
-        t = slope * values
+        t = scores_of(values, slope, METRIC)
         g = score_gradient(
             t, lse[:, None], grad_lse[:, None], grad_entropy[:, None],
             entropy[:, None], grad_sum[:, None], HAS_ENTROPY, HAS_SUM,
@@ -249,7 +259,7 @@ class Weights:
         blocks, tiles = triton.cdiv(count, sizes.block), triton.cdiv(n, sizes.other)
         flags = torch.zeros(blocks * tiles, dtype=torch.int8, device=dots.device)
         weigh_scores_kernel[(blocks,)](
-            dots, weights, low, flags, x.sqnorm, y.sqnorm, x.given, y.given, operands.scale,
+            dots, weights, low, flags, x.norms, y.norms, x.given, y.given, operands.scale,
             *self.tensors, table, table if columns is None else columns, self.x, self.row_sums,
             self.product, rows.start, rows.stop, table.shape[1], n,
             0 if columns is None else columns.shape[1], x.given.shape[1],
@@ -260,12 +270,13 @@ class Weights:
             num_warps=sizes.warps,
         )  # fmt: skip
         parts = (weights, low) if two else (weights,)
-        distances = self.options["METRIC"] != DOT.value
+        distances = self.options["METRIC"] < DOT.value
         if self.needs[0]:
             found = sum_of(product(part, side, kind) for part, side in _terms(parts, _sides(y)))
+            rounded, exact = self.row_sums[:, rows]
             if distances:
-                rounded, exact = self.row_sums[:, rows]
                 found = found - _points(x, rows) * rounded.to(found.dtype)[:, None]
+            if self.options["METRIC"] != DOT.value:
                 close = (exact - rounded).abs() <= 2.0**-7 * rounded.abs()
                 ratio = torch.where(close & (rounded != 0), exact / rounded, 1.0)
                 found = found * ratio.to(found.dtype)[:, None]
@@ -285,7 +296,7 @@ class Weights:
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x and y, and Σ ∂L/∂s · t of every row."""
-        if self.needs[1] and self.options["METRIC"] != DOT.value:
+        if self.needs[1] and self.options["METRIC"] < DOT.value:
             points = _points(self.operands.y, slice(None))
             self.y -= points * self.column_sum.to(self.y.dtype)[:, None]
         return self.x, self.y, self.product
@@ -301,7 +312,7 @@ def blocks_of_products(operands: Operands, metric: str) -> Iterator[tuple[slice,
     m, n = operands.x.given.shape[0], operands.y.given.shape[0]
     step = rows_of_block(n)
     # Low with low only where norms are subtracted, as in tiles.products.
-    pairs = _terms(_sides(operands.x), _sides(operands.y), every=metric != "dot")
+    pairs = _terms(_sides(operands.x), _sides(operands.y), every=metric in DISTANCES)
     for start in range(0, m, step):
         rows = slice(start, min(start + step, m))
         yield rows, sum_of(product(a[rows], b.T, operands.kind) for a, b in pairs)
