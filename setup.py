@@ -4,6 +4,7 @@ FASTCONTRAST_NATIVE=auto|require|off  auto: where it cannot be built, a pure-Pyt
 FASTCONTRAST_CUDA=auto|on|off         CUDA kernels: where an nvcc builds them, always, never
 TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX"    GPU architectures (default: those of 8.0 9.0 10.0 that nvcc
                                       knows, and PTX of the last)
+FASTCONTRAST_BUILD_DIR=FOLDER         where objects are kept, for the next build to start from
 CXX, CXXFLAGS, CUDACXX, CUDA_HOME     as everywhere
 """
 
@@ -219,7 +220,11 @@ class CMakeBuild(build_ext):
         An isolated build has ninja, pybind11 and Python in a new folder every time, and CMake
         would trust its cache; objects stay, so that ninja compiles only what changed.
         """
-        if self.editable_mode:  # setuptools names a temporary folder, which would lose the objects
+        if chosen := os.environ.get("FASTCONTRAST_BUILD_DIR"):
+            folder = Path(chosen).resolve()
+        elif (
+            self.editable_mode
+        ):  # setuptools names a temporary folder, which would lose the objects
             folder = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
         else:
             folder = Path(self.build_temp).resolve()

@@ -35,6 +35,8 @@ from fastcontrast.train.triplet import train_triplet
 Record = dict[str, Any]
 
 FINE_TUNING = 300  # steps on the labelled images, after spatial contrasting of any length
+# Labels that its linear layer and the fine-tuning see, of each class.
+LABELS_PER_CLASS = 400
 CONTRASTED = 51_200  # images that each way of cutting patches sees
 # Ways to cut patches: where, side, images in a step.
 PATCHES = {
@@ -97,8 +99,8 @@ def _spatial(variant: str, steps: int, data: str, common: Record) -> Record:
     if variant == "none":
         given = {"pretraining_steps": 0}
     config = SpatialConfig(
-        **common, **given, data=data, network="mnist", labels_per_class=400, mirror=True,
-        patch_size=5, reduce="mean", amp=True,
+        **common, **given, data=data, network="mnist", labels_per_class=LABELS_PER_CLASS,
+        mirror=True, patch_size=5, reduce="mean", amp=True,
         steps=FINE_TUNING, eval_every=FINE_TUNING, pretraining_eval_every=max(1, steps),
         baseline=False,
     )  # fmt: skip
@@ -112,8 +114,8 @@ def _spatial(variant: str, steps: int, data: str, common: Record) -> Record:
 def _patches(variant: str, steps: int, data: str, common: Record) -> Record:
     """Contrast in steps of the variant's size, then fine-tune in steps of 64, whatever it was."""
     tuned = SpatialConfig(
-        **common, data=data, network="mnist", labels_per_class=400, mirror=True, amp=True,
-        pretraining_steps=0, steps=FINE_TUNING, eval_every=FINE_TUNING, baseline=False,
+        **common, data=data, network="mnist", labels_per_class=LABELS_PER_CLASS, mirror=True,
+        amp=True, pretraining_steps=0, steps=FINE_TUNING, eval_every=FINE_TUNING, baseline=False,
     )  # fmt: skip
     stage, told = None, {}
     if variant != "none":

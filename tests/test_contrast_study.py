@@ -91,16 +91,14 @@ def render(tree: Path, study: str, data: Path | str) -> str:
     [
         ("triplet", ["uniform", "batch-hard"]),
         ("anchors", ["random", "class-mean"]),
-        pytest.param("spatial", ["none", "queue"], marks=pytest.mark.slow),
+        ("spatial", ["none", "queue"]),
     ],
 )
 def test_a_study_of_images_runs_resumes_and_is_rendered(
     study: str, variants: list[str], tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data: Path | str = "sample"  # of which 400 labels per class are there
-    if study != "spatial":
-        data = tree / "MNIST" / "raw"
-        write_mnist(data, train=200, test=40)
+    data = write_mnist(tree / "MNIST" / "raw", train=200, test=40)
+    monkeypatch.setattr(contrast_runs, "LABELS_PER_CLASS", 10)
     more = ["--steps", "2", "--seeds", "0", "--variants", *variants]
     points = tuple((variant, 0 if variant == "none" else 1) for variant in variants)
     monkeypatch.setitem(STUDIES, study, STUDIES[study]._replace(points=points))
@@ -110,18 +108,17 @@ def test_a_study_of_images_runs_resumes_and_is_rendered(
     assert [run["variant"] for run in record["runs"]] == variants
     assert all(STUDIES[study].figures.keys() <= run["figures"].keys() for run in record["runs"])
 
-    if study != "spatial":  # which takes longest, and is stopped like the others
-        # As if it had been stopped in its last run: that one alone is made again, and alike.
-        contrast_study.save({**record, "runs": record["runs"][:-1]}, tree / "record.json")
-        made = []
-        run_one = contrast_study.run_one
-        monkeypatch.setattr(
-            contrast_study, "run_one", lambda *args: made.append(args[1]) or run_one(*args)
-        )
-        again = run(tree, study, data, *more)
-        assert made == variants[-1:]
-        figures = [[run["figures"] for run in found["runs"]] for found in (again, record)]
-        assert figures[0] == figures[1]
+    # As if it had been stopped in its last run: that one alone is made again, and alike.
+    contrast_study.save({**record, "runs": record["runs"][:-1]}, tree / "record.json")
+    made = []
+    run_one = contrast_study.run_one
+    monkeypatch.setattr(
+        contrast_study, "run_one", lambda *args: made.append(args[1]) or run_one(*args)
+    )
+    again = run(tree, study, data, *more)
+    assert made == variants[-1:]
+    figures = [[run["figures"] for run in found["runs"]] for found in (again, record)]
+    assert figures[0] == figures[1]
 
     text = render(tree, study, data)
     assert f"| {variants[-1]} | {'1' if study == 'spatial' else '2'} |" in text

@@ -185,6 +185,7 @@ def test_metric_embedding_gradcheck(squared: bool, backend: str) -> None:
     assert torch.autograd.gradcheck(
         lambda x, z: fc.metric_embedding_loss(x, z, targets, squared=squared, backend=backend),
         (x, z),
+        fast_mode=backend == "triton",  # along one direction: the interpreter is slow
     )
 
 
