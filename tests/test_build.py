@@ -206,6 +206,7 @@ def test_a_failed_build_is_an_error_where_someone_insists(
 def test_cmake_forgets_its_cache_and_keeps_objects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("FASTCONTRAST_BUILD_DIR", raising=False)
     command = _command(tmp_path / "lib")
     command.build_temp = str(tmp_path / "temp")
     kept = tmp_path / "temp" / "CMakeFiles" / "kernels_portable.dir" / "a.o"
@@ -216,6 +217,8 @@ def test_cmake_forgets_its_cache_and_keeps_objects(
     assert command.build_dir() == tmp_path / "temp"
     assert kept.exists()
     assert not any(path.exists() for path in gone)
+    monkeypatch.setenv("FASTCONTRAST_BUILD_DIR", str(tmp_path / "chosen"))
+    assert command.build_dir() == tmp_path / "chosen"
 
 
 @pytest.mark.skipif(

@@ -12,9 +12,10 @@ Memory: rows are read once, columns once per row block, from the L2 cache as all
     same ones; 48 bytes per row and split are written. Nothing of size M×N. COLUMNS: two numbers per
     column and row block.
 Numerics: exp2 of scores less the running maximum; what does not count is -inf before the maximum.
-    Sums over one tile in float32, over tiles in float64. A tile that may hold near pairs (tiles.py)
-    takes them by direct difference, and one that holds excluded columns or reaches beyond the last
-    is masked: branches that cost nothing per pair where they are not taken.
+    Sums over one tile in float32, over tiles in float64. COLUMNS: less the largest score of the
+    tile, or of the column where that leaves next to nothing to sum. A tile that may hold near
+    pairs (tiles.py) takes them by direct difference, and one that holds excluded columns or
+    reaches beyond the last is masked: branches that cost nothing per pair where not taken.
 """
 
 # Triton's language is Python only in its syntax: the checker sees the wrong types.
@@ -56,6 +57,8 @@ from fastcontrast.backends.triton.tiles import (
 PAIR_PART = 32 if INTERPRETED else 1
 # Exponents below this give 0; keeps 0·(-inf) out of the weighted sum.
 FLOOR = tl.constexpr(-1100.0)
+# Of a column's sum over a tile: what float32 cannot hold beside it is 2^-46 of it.
+LEAST_SUM = tl.constexpr(2.0**-80)
 
 
 @triton.jit
@@ -197,7 +200,7 @@ def row_statistics_kernel(
                     values = tl.where(here, exact[:, None], values)
                     remain = tl.max(found.to(tl.int32), 0) > 0
                 best = best_of(values, METRIC)
-        if SCORE_SUM or RANK or COLUMNS:
+        if SCORE_SUM or RANK:
             t = scores_of(values, slope, METRIC)
         if SCORE_SUM:
             # A column that counts and is infinitely far makes the sum -inf.
@@ -206,16 +209,22 @@ def row_statistics_kernel(
         if RANK:
             above += tl.sum((t > limit[:, None]).to(tl.int32), 1)
         if COLUMNS:
-            of_rows = tl.where(in_rows[:, None], t, float("-inf"))
-            column_max = tl.max(of_rows, 0)
-            column_base = tl.where(column_max == float("-inf"), 0.0, column_max)
-            of_rows -= column_base[None, :]
-            if METRIC == DOT:
-                of_rows = tl.where(t == float("inf"), 0.0, of_rows)
-                of_rows = tl.where(in_rows[:, None], of_rows, float("-inf"))
+            # One base for the tile: a maximum over rows would take as long as all the rest.
+            tile_max = tl.max(slope * best, 0)
+            tile_base = tl.where(tile_max == float("-inf"), 0.0, tile_max)
+            column_base = tl.full([BLOCK_N], 0.0, dtype=ACC) + tile_base
+            column_sum = tl.sum(tl.exp2(scores_of(values, slope, METRIC) - tile_base), 0)
+            alone = (start_m + BLOCK_M > m) | (tile_max == float("inf"))
+            if alone | (tl.min(column_sum, 0) < LEAST_SUM):
+                t = tl.where(in_rows[:, None], scores_of(values, slope, METRIC), float("-inf"))
+                column_base = tl.max(t, 0)
+                of_rows = t - tl.where(column_base == float("-inf"), 0.0, column_base)[None, :]
+                if METRIC == DOT:
+                    of_rows = tl.where(t == float("inf"), 0.0, of_rows)
+                column_sum = tl.sum(tl.exp2(of_rows), 0)
             at_columns = column_state + tl.cast(start_m // BLOCK_M * 2, tl.int64) * n + column
-            tl.store(at_columns, column_max, mask=in_columns)
-            tl.store(at_columns + n, tl.sum(tl.exp2(of_rows), 0), mask=in_columns)
+            tl.store(at_columns, column_base, mask=in_columns)
+            tl.store(at_columns + n, column_sum, mask=in_columns)
         new_max = tl.maximum(running_max, slope * best)
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
         u = scores_of(values, slope, METRIC) - base[:, None]
