@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from benchmarks.cases import DTYPES, Work, case_of
-from benchmarks.measure import Pace, in_turn
+from benchmarks.measure import LEAST_ROUNDS, Pace, in_turn
 
 # On a GPU 16 special functions per clock and multiprocessor, as benchmarks/gpu_model.py has them.
 SPECIALS_PER_CLOCK = 16
 SIZE = {"cpu": 2048, "cuda": 8192}  # of the square product, and of the rows of those of points
 DIMS = (128, 1024)
-# torch multiplies float16 one by one on many CPUs
-SMALL_SIZE = 512
+SMALL_SIZE = 256  # where torch multiplies one by one: halves, on CPUs without instructions for them
 COPIES = [1 << k for k in range(14, 27, 3)]  # bytes: from the first cache to memory
 LARGE_COPY = 1 << 29  # beyond the cache of a GPU
 Rates = dict[str, Any]
@@ -29,7 +28,7 @@ def measured(device: str, quick: bool, threads: int) -> Rates:
     products: dict[str, float] = {}
     for name, dtype in DTYPES.items():
         size = SIZE[device] // (2 if quick else 1)
-        if device == "cpu" and name == "float16":
+        if device == "cpu" and _seconds_of(size, dtype) > pace.seconds / LEAST_ROUNDS:
             size = SMALL_SIZE
         products[name] = _products(size, dtype, pace, where)
     if device == "cuda":
@@ -48,6 +47,14 @@ def measured(device: str, quick: bool, threads: int) -> Rates:
         seconds = in_turn(calls, pace, where, warm=3)
         copies[str(count)] = count / min(min(times) for times in seconds.values())
     return {"operations": products, "bytes": copies, "specials": _special_functions(device)}
+
+
+def _seconds_of(size: int, dtype: torch.dtype) -> float:
+    """Of a square product on the CPU, by a small one."""
+    a = torch.randn(SMALL_SIZE, SMALL_SIZE).to(dtype)
+    once = Pace(0.0, 1, torch.get_num_threads())
+    times = in_turn({"mm": lambda: torch.mm(a, a)}, once, a.device)["mm"]
+    return min(times) * (size / SMALL_SIZE) ** 3
 
 
 def _products(size: int, dtype: torch.dtype, pace: Pace, where: torch.device) -> float:
