@@ -212,6 +212,8 @@ SIZES_OF_METRIC: dict[tuple[int, str, str, int, str], tuple[int, ...]] = {
     (100, "gradients", "ieee", 32, "sqeuclidean"): (64, 32, 16, 16, 8, 3),
     (100, "gradients", "ieee", 64, "sqeuclidean"): (32, 32, 16, 16, 8, 2),
     (100, "gradients", "ieee", 128, "sqeuclidean"): (32, 16, 16, 16, 8, 3),
+    (100, "gradients", "ieee", 256, "sqeuclidean"): (32, 16, 16, 16, 8, 2),
+    (100, "gradients", "bf16x3", 64, "sqeuclidean"): (32, 16, 16, 0, 4, 2),
     (100, "gradients", "bf16x3", 128, "dot"): (128, 32, 16, 0, 8, 2),
     (100, "gradients", "bfloat16", 32, "sqeuclidean"): (128, 64, 32, 0, 8, 1),
     (100, "statistics", "bfloat16", 64, "sqeuclidean"): (128, 128, 32, 0, 8, 2),

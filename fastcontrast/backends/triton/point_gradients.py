@@ -39,6 +39,7 @@ from fastcontrast.backends.triton.tiles import (
     inverse_distance,
     largest_sqnorm,
     load_rows,
+    log2_probability,
     near_length,
     next_near,
     pair_squared_distances,
@@ -97,6 +98,7 @@ def point_gradients_kernel(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """Gradient [splits, count, D] of one side; product [splits, count] float64: Σ ∂L/∂s · t."""
+    BOUND: tl.constexpr = (SPLIT or ROUND == "none") and ACC == tl.float32
     split = tl.program_id(0) % splits
     start = tl.program_id(0) // splits * BLOCK
     place = tl.arange(0, BLOCK)
@@ -260,7 +262,7 @@ def point_gradients_kernel(
                     if OWNS_ROWS:
                         g = score_gradient(
                             exact, lse, grad_lse, grad_entropy, entropy, grad_sum,
-                            HAS_ENTROPY, HAS_SUM,
+                            HAS_ENTROPY, HAS_SUM, BOUND,
                         )  # fmt: skip
                     else:
                         b_lse, b_grad_lse, b_grad_entropy, b_entropy, b_sum = load_row_gradients(
@@ -268,16 +270,16 @@ def point_gradients_kernel(
                         )
                         g = score_gradient(
                             exact, b_lse, b_grad_lse, b_grad_entropy, b_entropy, b_sum,
-                            HAS_ENTROPY, HAS_SUM,
+                            HAS_ENTROPY, HAS_SUM, BOUND,
                         )  # fmt: skip
                     if HAS_COLUMNS:
                         if OWNS_ROWS:
                             d_lse, d_grad_lse = load_column_gradients(
                                 column_table, partner, found, column_table_stride
                             )
-                            g += tl.exp2(exact - d_lse) * d_grad_lse
+                            g += tl.exp2(log2_probability(exact, d_lse, BOUND)) * d_grad_lse
                         else:
-                            g += tl.exp2(exact - lse) * grad_lse
+                            g += tl.exp2(log2_probability(exact, lse, BOUND)) * grad_lse
                     apart = found & (direct != 0.0)  # the subgradient 0 at coincident points
                     w = pair_weight(g, inverse_distance(tl.where(apart, direct, 1.0), ACC), METRIC)
                     add_differences(
@@ -293,10 +295,10 @@ def point_gradients_kernel(
         t = scores_of(values, slope, METRIC)
         g = score_gradient(
             t, tile_lse, tile_grad_lse, tile_grad_entropy, tile_entropy, tile_sum,
-            HAS_ENTROPY, HAS_SUM,
+            HAS_ENTROPY, HAS_SUM, BOUND,
         )  # fmt: skip
         if HAS_COLUMNS:  # the other direction of a symmetric loss
-            g += tl.exp2(t - column_lse) * column_grad_lse
+            g += tl.exp2(log2_probability(t, column_lse, BOUND)) * column_grad_lse
         if PRODUCT:  # g is 0 where t is -inf
             score_product += tl.sum(g * tl.maximum(t, -1e30), 1).to(tl.float64)
         weights = pair_weight(g, inverse, METRIC)

@@ -199,15 +199,26 @@ def cut_to_bfloat16(x):
 
 
 @triton.jit
+def log2_probability(t, lse, BOUND: tl.constexpr):
+    """log2 p of pairs, from their ``t`` and the table's ``lse``.
+
+    BOUND: at most 0. Where the statistics summed a pair's products in another order, float32's
+    rounding of a score of 1e10 makes p infinite. One product of a matrix unit has one order.
+    """
+    u = t - lse
+    return tl.minimum(u, 0.0) if BOUND else u
+
+
+@triton.jit
 def score_gradient(
     t, lse, grad_lse, grad_entropy, entropy, grad_sum,
-    HAS_ENTROPY: tl.constexpr, HAS_SUM: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_SUM: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂s of pairs: p (g_lse - g_H (log p + H)) + g_sum, 0 where a column does not count.
 
     From the numbers of row_table.py: times what they hold, and with what was left over of ``lse``.
     """
-    u = t - lse
+    u = log2_probability(t, lse, BOUND)
     p = tl.exp2(u)
     g = p * grad_lse
     if HAS_ENTROPY:  # the floor keeps 0·(-inf) out

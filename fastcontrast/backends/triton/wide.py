@@ -45,6 +45,7 @@ from fastcontrast.backends.triton.tiles import (
     counted,
     inverse_distance,
     load_excluded,
+    log2_probability,
     near_length,
     next_near,
     pair_squared_distances,
@@ -144,13 +145,13 @@ def weigh_scores_kernel(
                     exact = slope * (tl.sqrt(direct) if METRIC == L2 else direct)
                     g = score_gradient(
                         exact, lse, grad_lse, grad_entropy, entropy, grad_sum,
-                        HAS_ENTROPY, HAS_SUM,
+                        HAS_ENTROPY, HAS_SUM, True,
                     )  # fmt: skip
                     if HAS_COLUMNS:
                         d_lse, d_grad_lse = load_column_gradients(
                             column_table, partner, found, column_table_stride
                         )
-                        g += tl.exp2(exact - d_lse) * d_grad_lse
+                        g += tl.exp2(log2_probability(exact, d_lse, True)) * d_grad_lse
                     apart = found & (direct != 0.0)  # the subgradient 0 at coincident points
                     nearness = inverse_distance(tl.where(apart, direct, 1.0), ACC)
                     w = tl.where(apart, pair_weight(g, nearness, METRIC), 0.0)
@@ -170,10 +171,10 @@ def weigh_scores_kernel(
         t = scores_of(values, slope, METRIC)
         g = score_gradient(
             t, lse[:, None], grad_lse[:, None], grad_entropy[:, None],
-            entropy[:, None], grad_sum[:, None], HAS_ENTROPY, HAS_SUM,
+            entropy[:, None], grad_sum[:, None], HAS_ENTROPY, HAS_SUM, True,
         )  # fmt: skip
         if HAS_COLUMNS:
-            g += tl.exp2(t - c_lse[None, :]) * c_grad_lse[None, :]
+            g += tl.exp2(log2_probability(t, c_lse[None, :], True)) * c_grad_lse[None, :]
         score_product += tl.sum(g * tl.maximum(t, -1e30), 1).to(tl.float64)
         w = pair_weight(g, inverse, METRIC)
         w = tl.where(counts, w, 0.0)
