@@ -98,7 +98,7 @@ def point_gradients_kernel(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """Gradient [splits, count, D] of one side; product [splits, count] float64: Σ ∂L/∂s · t."""
-    BOUND: tl.constexpr = (SPLIT or ROUND == "none") and ACC == tl.float32
+    BOUND: tl.constexpr = (SPLIT or ROUND == "none") and tl.float32 == ACC
     split = tl.program_id(0) % splits
     start = tl.program_id(0) // splits * BLOCK
     place = tl.arange(0, BLOCK)
