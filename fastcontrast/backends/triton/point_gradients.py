@@ -16,8 +16,8 @@ Numerics: weights are rounded to c̃ as the matrix unit needs them, and Σ c̃ (
 """
 
 # Triton's language is Python only in its syntax: the checker sees the wrong types.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
