@@ -354,6 +354,19 @@ def test_non_finite_inputs_show(side: str, value: float, metric: str, backend: s
 
 
 @every_backend
+@pytest.mark.parametrize("dim", [5, 300])  # of Triton's, the fused kernel and the wide one
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean", "dot"])
+def test_a_nan_column_shows_in_every_gradient(metric: str, dim: int, backend: str) -> None:
+    """It is in every row's sum, and so in all probabilities: no bound may turn it into a number."""
+    x, y = torch.randn(6, dim), torch.randn(7, dim)
+    y[2, 1] = torch.nan
+    x, y = x.requires_grad_(), y.requires_grad_()
+    r = distance_softmax(x, y, metric=metric, backend=backend)
+    for gradient in gradients(r.lse.sum(), x, y):
+        assert bool(gradient.isnan().any(1).all())
+
+
+@every_backend
 def test_an_excluded_nan_does_not_count(backend: str) -> None:
     x, y = torch.randn(5, 4), torch.randn(7, 4)
     y[2] = torch.nan

@@ -206,7 +206,7 @@ def log2_probability(t, lse, BOUND: tl.constexpr):
     rounding of a score of 1e10 makes p infinite. One product of a matrix unit has one order.
     """
     u = t - lse
-    return tl.minimum(u, 0.0) if BOUND else u
+    return tl.minimum(u, 0.0, propagate_nan=tl.PropagateNan.ALL) if BOUND else u
 
 
 @triton.jit
